@@ -1,0 +1,262 @@
+"""The `edgekd` command: each verb reads its options, calls one function, and prints what came back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgekd import __version__
+from edgekd.errors import EdgekdError
+
+if TYPE_CHECKING:
+    from edgekd.recipe import Recipe
+
+DONE, USER_ERROR, NO_VARIANT, INTERRUPTED = 0, 2, 3, 130
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Lists the verbs in the order of the work, not of the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names as they were added."""
+        return list(self.commands)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="edgekd")
+def cli() -> None:
+    """Turn a trained PyTorch model into one that runs well on an edge device, and prove it.
+
+    Exit codes: 0 done; 2 something you can fix; 3 done, but no variant meets the budget; 130 interrupted
+    (the same command goes on where it stopped).
+    """
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(function: Command) -> Command:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+_targets = click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="NAME",
+    help="Platform, or a path to its TOML file; may be given several times.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document as the last thing on stdout.")
+_quick = click.option("--quick", is_flag=True, help="A tenth of the epochs and short measurements: to try things out.")
+_verbose = click.option("-v", "--verbose", is_flag=True, help="Show every event.")
+_threads = click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads that latency is measured with."
+)
+_budget = _options(
+    click.option(
+        "--max-drop", metavar="FRACTION", help="Accuracy that may be lost against the teacher, e.g. 0.01 or 1%."
+    ),
+    click.option("--max-latency", metavar="TIME", help="Median latency of one sample, e.g. 5ms."),
+    click.option("--max-size", metavar="SIZE", help="Size of the model file, e.g. 4MB."),
+)
+
+
+@cli.command()
+@click.argument("data", required=False, default="images")
+@click.option(
+    "--recipe",
+    "path",
+    type=click.Path(path_type=Path),
+    default=Path("edgekd.toml"),
+    show_default=True,
+    help="File to write.",
+)
+@click.option("--name", default=None, help="Name of the run; left out: the data folder's name.")
+@click.option("--teacher", default="resnet56", show_default=True, help="Teacher model.")
+@click.option("--student", default="resnet8", show_default=True, help="Student model.")
+@click.option("--target", default="jetson", show_default=True, help="Target that the recipe's comment names.")
+def init(data: str, path: Path, name: str | None, teacher: str, student: str, target: str) -> None:
+    """Write a recipe for your own model and DATA, a folder (or zip) of images."""
+    from edgekd.starter import init as write
+
+    write(path, name=name or Path(data).stem or "model", data=data, teacher=teacher, student=student, target=target)
+    click.echo(f"{path} is written; edit it, then: edgekd compress --target {target}", err=True)
+
+
+@cli.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@_targets
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the results; left out: runs/<name>.")
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    envvar="EDGEKD_STORE",
+    default=Path(".edgekd"),
+    show_default=True,
+    help="Folder of finished builds, reused by later runs.",
+)
+@click.option("--seed", type=int, help="Instead of the recipe's.")
+@_budget
+@_threads
+@_quick
+@_json
+@_verbose
+def compress(
+    recipe: Path | None, targets: tuple[str, ...], out: Path | None, store: Path, seed: int | None,
+    max_drop: str | None, max_latency: str | None, max_size: str | None,
+    threads: int, quick: bool, as_json: bool, verbose: bool,
+) -> int:  # fmt: skip
+    """Distil, export, quantize, check, measure, report and bundle, as RECIPE says.
+
+    Left out, RECIPE is ./edgekd.toml; where there is none, the built-in recipe runs on handwritten digits.
+    """
+    from edgekd import target as target_files
+    from edgekd.progress import Progress
+    from edgekd.recipe import overridden
+    from edgekd.store import make_folder
+
+    read = overridden(_recipe(recipe), seed=seed, max_drop=max_drop, max_latency=max_latency, max_size=max_size)
+    wanted = [target_files.load(name) for name in (targets or ("host",))]
+    folder = make_folder(out or Path("runs") / read.name)
+    with Progress(folder / "log.jsonl", verbose=verbose) as say:
+        from edgekd.pipeline import compress as run
+
+        if recipe is None and read.source == "built-in recipe":
+            say(
+                "note",
+                text="no edgekd.toml here: the built-in recipe runs; `edgekd init` writes one for your own model",
+            )
+        report = run(read, wanted, folder, store=store, threads=threads, quick=quick, say=say)
+    return _told(report, folder, as_json)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("others", nargs=-1, type=click.Path(path_type=Path))
+@_threads
+@_quick
+@_json
+@_verbose
+def bench(model: Path, others: tuple[Path, ...], threads: int, quick: bool, as_json: bool, verbose: bool) -> int:
+    """Measure MODEL (an .onnx file, a bundle or a run folder) on this machine; several are measured interleaved."""
+    from edgekd.bench.command import bench as run
+    from edgekd.progress import Progress
+
+    with Progress(verbose=verbose) as say:
+        result = run([model, *others], threads=threads, quick=quick, say=say)
+    click.echo(json.dumps(result.as_json(), indent=1) if as_json else result.as_text())
+    return DONE
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@_budget
+@_json
+def report(run: Path, max_drop: str | None, max_latency: str | None, max_size: str | None, as_json: bool) -> int:
+    """Write the report of RUN (a run folder) anew, e.g. against another budget. Nothing is built or measured."""
+    from edgekd import report as reports
+    from edgekd.recipe import budget_of
+
+    found = reports.load(run / "report.json")
+    found = reports.rejudged(found, budget_of(found.budget, max_drop, max_latency, max_size))
+    reports.render(found, run)
+    return _told(found, run, as_json)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@_json
+def targets(name: str | None, as_json: bool) -> None:
+    """List the targets, or tell all about the target NAME."""
+    from edgekd import target as target_files
+
+    found = [target_files.load(name)] if name else [target_files.load(each) for each in target_files.names()]
+    click.echo(
+        json.dumps([target_files.as_json(t) for t in found], indent=1) if as_json else target_files.as_text(found)
+    )
+
+
+@cli.command()
+@_json
+def doctor(as_json: bool) -> None:
+    """Tell what this machine has: versions, processor, runtimes, and what each target can do here."""
+    from edgekd.doctor import examine
+
+    found = examine()
+    click.echo(json.dumps(found.as_json(), indent=1) if as_json else found.as_text())
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Port on this machine; 0 takes a free one.",
+)
+@click.option("--browse/--no-browse", default=True, help="Open a browser window.")
+def view(model: Path, port: int, browse: bool) -> None:
+    """Look at MODEL (an .onnx file, a bundle or a run folder) in Netron; Ctrl-C ends it."""
+    from edgekd.view import view as show
+
+    show(model, port=port, browse=browse)
+
+
+@cli.group()
+def bundle() -> None:
+    """Work on a bundle: the folder that an app embeds."""
+
+
+@bundle.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@_json
+def verify(folder: Path, as_json: bool) -> int:
+    """Check FOLDER: every file by its hash, the manifest, and the golden samples where the runtime is here."""
+    from edgekd.bundle import verify as check
+
+    found = check(folder)
+    click.echo(json.dumps(found.as_json(), indent=1) if as_json else found.as_text())
+    return DONE if found.ok else USER_ERROR
+
+
+def _recipe(path: Path | None) -> Recipe:
+    from edgekd import recipe
+    from edgekd.starter import built_in
+
+    if path is not None:
+        return recipe.load(path)
+    return recipe.load(recipe.DEFAULT_FILE) if recipe.DEFAULT_FILE.exists() else built_in()
+
+
+def _told(report: Any, folder: Path, as_json: bool) -> int:
+    from edgekd import report as reports
+
+    click.echo(reports.summary(report, folder), err=True)
+    if as_json:
+        click.echo((folder / "report.json").read_text(encoding="utf-8"), nl=False)
+    return DONE if all(report.chosen.values()) else NO_VARIANT
+
+
+def main() -> None:
+    """Run the command line and leave with the exit code of the contract."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except EdgekdError as problem:
+        click.echo(f"edgekd: {problem}", err=True)
+        code = USER_ERROR
+    except click.ClickException as problem:
+        problem.show()
+        code = USER_ERROR
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo("edgekd: interrupted; the same command goes on where it stopped.", err=True)
+        code = INTERRUPTED
+    sys.exit(code or DONE)

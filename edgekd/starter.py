@@ -1,0 +1,104 @@
+"""Recipes to start from: the one that `edgekd init` writes, and the built-in one that runs where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgekd.errors import RecipeError
+from edgekd.recipe import Recipe, parse
+from edgekd.store import write_text
+from edgekd.toml import tomllib
+
+# The built-in recipe: handwritten digits that come with scikit-learn, a ResNet-56 teacher, a ResNet-8 student.
+BUILT_IN = """\
+name = "digits"
+seed = 0
+
+[data]
+name = "digits"
+
+[teacher]
+model = "resnet56"
+[teacher.train]
+epochs = 30
+precision = "fp32"
+
+[student]
+model = "resnet8"
+
+[distill]
+epochs = 60
+precision = "fp32"
+
+[augment]
+crop_pixels = 1
+
+[budget]
+max_accuracy_drop = 0.01
+"""
+
+_STARTER = """\
+# edgekd recipe. `edgekd compress --target {target}` runs it; docs/recipe.md explains every key.
+name = "{name}"
+seed = 0
+
+[data]
+name = "imagefolder"        # also: digits, npz, torchvision, or "my_package.my_module:load"
+path = "{path}"             # <class>/*.jpg, or train/<class>/*.jpg and test/<class>/*.jpg; a folder or a zip
+# size = [32, 32]           # height, width; left out: the images' own size where they share one, else 224 x 224
+
+[teacher]
+model = "{teacher}"         # resnet56, timm.NAME, torchvision.NAME, or "my_package.my_module:build"
+# weights = "teacher.safetensors"   # left out: the teacher is trained first, by [teacher.train]
+# mean = [0.485, 0.456, 0.406]      # of the images the weights were trained on; left out: the model's own
+# std = [0.229, 0.224, 0.225]
+[teacher.train]
+epochs = 30
+learning_rate = 0.1
+
+[student]
+model = "{student}"
+
+[[loss]]                    # Hinton's distillation: the teacher's softened outputs, and a little of the labels
+name = "kd"
+weight = 0.9
+temperature = 4.0
+[[loss]]
+name = "ce"
+weight = 0.1
+
+[distill]
+epochs = 30
+learning_rate = 0.1
+
+[augment]
+crop_pixels = 4
+flip = true
+
+[budget]
+max_accuracy_drop = 0.01    # fraction of the test samples, against the teacher
+# max_latency_ms = 5.0
+# max_size_bytes = 4_000_000
+"""
+
+
+def built_in() -> Recipe:
+    """The recipe that `compress` runs where there is no edgekd.toml."""
+    return parse(tomllib.loads(BUILT_IN), source="built-in recipe", folder=Path.cwd())
+
+
+def init(path: Path, *, name: str, data: str, teacher: str, student: str, target: str) -> None:
+    """Write a starter recipe for an image folder to `path`.
+
+    Raises:
+        RecipeError: the file is there already; it is left as it is.
+        StoreError: the folder cannot be written.
+    """
+    if path.exists():
+        raise RecipeError(
+            "is there already", where=str(path), fix="choose another file with --recipe, or delete it first"
+        )
+    words = {"name": name, "path": data, "teacher": teacher, "student": student, "target": target}
+    if any('"' in word or "\\" in word or "\n" in word for word in words.values()):
+        raise RecipeError("a quote or backslash cannot stand in a recipe", where=str(path), fix="edit the file instead")
+    write_text(path, _STARTER.format_map(words))

@@ -1,0 +1,349 @@
+"""The nouns of edgekd: frozen data that steps pass to each other. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
+
+from annotated_types import Ge, Gt, Le, Lt
+from typing_extensions import TypeAliasType
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+# a named alias, since pydantic cannot resolve a recursive one without a name
+Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, Json] | None")
+Arrays: TypeAlias = "Mapping[str, np.ndarray]"  # named inputs or outputs, batch first
+Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+Stage: TypeAlias = Literal["teacher", "student", "pruned", "onnx", "quantized", "engine"]
+Origin: TypeAlias = Literal["device", "host", "estimate"]
+Status: TypeAlias = Literal["met", "missed", "cannot tell"]
+
+
+class Say(Protocol):
+    """Where a step tells what happens: an event name and plain fields, e.g. say("epoch", step="distill", epoch=3)."""
+
+    def __call__(self, event: str, /, **fields: Json) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One named tensor; a string in `shape` is a symbolic dimension, e.g. ("batch", 32, 32, 3)."""
+
+    name: str
+    dtype: str  # numpy name: "uint8", "float32", "int64"
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a decoded image (uint8, height × width × channels) becomes a network's input.
+
+    The image is resized to `size`, divided by 255, then per channel minus `mean` and divided by `std`.
+    It belongs to the model, not to the data, so that teacher and student may differ in it.
+    """
+
+    size: tuple[int, int]  # height, width in pixels
+    mean: tuple[float, ...]  # of values in [0, 1], one a channel
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some samples of one split, as they are stored (no augmentation, no normalisation)."""
+
+    indices: np.ndarray  # int64, positions in the split
+    inputs: Arrays  # by input name, first dimension as long as `indices`
+    labels: np.ndarray  # int64 class indices
+
+
+class Split(Protocol):
+    """Random access to one part of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, order: Sequence[np.ndarray]) -> Iterator[Batch]:
+        """One Batch for each index array, in that order; a streamed split reads ahead with workers."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Train, calibration and test samples that never overlap. Images are uint8, height × width × channels."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    classes: tuple[str, ...]
+    train: Split
+    calibration: Split  # held out of training; calibration and tuning read it, never `test`
+    test: Split
+    images: bool  # the one input is an image: it may be augmented as one and normalised inside the graph
+    fingerprint: str  # hash of every sample's content, the splits and the classes: equal data, equal string
+    notes: tuple[str, ...] = ()  # what was decided while reading: files ignored, images resized, samples left out
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part as the recipe names it: `name` and the keyword options beside it."""
+
+    name: str
+    options: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A model as the recipe names it. What is None is filled in from the model's own defaults."""
+
+    name: str  # resnet20, timm.NAME, torchvision.NAME or package.module:callable
+    options: Mapping[str, Json] = field(default_factory=dict)
+    weights: str | None = None  # safetensors, or a checkpoint that loads without running code
+    mean: tuple[float, ...] | None = None  # of values in [0, 1], one a channel
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """How a network is trained; the same for a teacher and a student."""
+
+    epochs: Annotated[int, Ge(1)] = 30
+    batch_size: Annotated[int, Ge(2)] = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Gt(0)] = 0.1  # at the peak of the schedule
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9  # of sgd, Nesterov's
+    weight_decay: Annotated[float, Ge(0)] = 5e-4  # not applied to biases and normalisation layers
+    schedule: Literal["cosine", "onecycle"] = "onecycle"
+    warmup_epochs: Annotated[float, Ge(0)] = 1.0  # of cosine
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the cross-entropy on labels
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.99  # per step; 0 turns the moving average of weights off
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where a measurement at start shows a gain
+
+
+@dataclass(frozen=True, slots=True)
+class Augment:
+    """Random changes to training images; each is a pure function of (sample, epoch, seed)."""
+
+    crop_pixels: Annotated[int, Ge(0)] = 0  # pad by so much (reflected), crop at a random place
+    flip: bool = False  # mirror left and right, every other epoch
+    cutout_pixels: Annotated[int, Ge(0)] = 0  # side of a grey square at a random place
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a network gave for one batch: logits (batch × classes) and features by tap name."""
+
+    logits: Tensor
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A finished build in the store: a folder that is never changed again, named by its key."""
+
+    step: str
+    key: str
+    path: Path
+    meta: Mapping[str, Json] = field(default_factory=dict)
+    parents: tuple[str, ...] = ()
+
+
+class Session(Protocol):
+    """A loaded model: named arrays in, named arrays out, batch first."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    runtime: str  # name and version, e.g. "onnxruntime 1.32.0"
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One toolchain as three functions.
+
+    available: None where the toolchain can run here, else the reason why not.
+    compile: (onnx file, precision, folder to write into) → the file to load.
+    load: (file, threads) → Session.
+    """
+
+    name: str
+    available: Callable[[], str | None]
+    compile: Callable[[Path, Precision, Path], Path]
+    load: Callable[[Path, int], Session]
+
+
+# ---------------------------------------------------------------- targets
+
+
+@dataclass(frozen=True, slots=True)
+class PowerMode:
+    """One power mode of a device with the peaks that hold in it (dense, not sparse)."""
+
+    name: str
+    peak_ops_per_s: Mapping[str, float]  # by precision
+    bandwidth_bytes_per_s: float
+    watts: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A board or phone of a platform: facts, each with its source."""
+
+    name: str
+    title: str
+    memory_bytes: int | None
+    modes: tuple[PowerMode, ...]
+    sources: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationRules:
+    """What numeric format the runtime turns into integer kernels."""
+
+    activation: Literal["uint8", "int8"]
+    activation_symmetric: bool
+    weight: Literal["int8"]
+    weight_per_channel: bool
+    quantize_outputs: bool  # True: every value between operators (ORT QLinear*); False: inputs only (TensorRT)
+    quantize_bias: bool  # int32 bias behind a DequantizeLinear
+    min_channels: int = 0  # convolutions and linear layers narrower than this stay in float
+    lint: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A platform: what may be deployed there, as facts read from targets/<name>.toml."""
+
+    name: str
+    title: str
+    backend: Part
+    opset: int
+    precisions: tuple[Precision, ...]
+    quantization: QuantizationRules
+    devices: tuple[Device, ...]
+    sources: Mapping[str, str]
+
+
+# ---------------------------------------------------------------- measurements and report (schema of report.json)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int  # samples it was computed from
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """Milliseconds for one batch of one sample, and what they were measured under."""
+
+    p50: float
+    p90: float
+    p99: float
+    mean: float
+    n: int
+    low: float  # 95 % bootstrap interval of p50
+    high: float
+    origin: Origin
+    device: str
+    threads: int
+    power_mode: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two variants timed in turns: ratio = median latency of `candidate` / median latency of `baseline`."""
+
+    candidate: str  # id of a variant
+    baseline: str
+    ratio: Interval  # n: rounds in which both were timed
+    verdict: Literal["faster", "same", "slower", "cannot tell"]  # of the candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """The difference from the stage before it, over `samples` real samples."""
+
+    max_abs: float
+    cosine: float
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a device is expected to take; the roofline is a lower bound, never a measurement."""
+
+    device: str
+    mode: str
+    lower_bound_ms: float
+    predicted_ms: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the user allows; None is no limit."""
+
+    max_accuracy_drop: Annotated[float, Ge(0), Le(1)] | None = None  # fraction of test samples, against the teacher
+    max_latency_ms: Annotated[float, Gt(0)] | None = None
+    max_size_bytes: Annotated[int, Gt(0)] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a variant keeps the budget, with a reason for each limit."""
+
+    status: Status
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One row of the report. A value that was not measured is None, with the reason under its name in `missing`."""
+
+    id: str
+    stage: Stage
+    target: str | None
+    precision: Precision
+    runtime: str | None
+    path: str | None  # relative to the run folder
+    sha256: str | None
+    size_bytes: int | None
+    parameters: int | None
+    macs: int | None  # multiply-accumulates for one sample
+    accuracy: Interval | None
+    drop: Interval | None  # paired on the same samples, against the teacher
+    agreement: float | None  # fraction of test samples on which it predicts what the teacher predicts
+    parity: Parity | None
+    latency_ms: Latency | None
+    peak_memory_bytes: int | None
+    energy_mj: float | None
+    estimates: tuple[Estimate, ...]
+    verdict: Verdict | None
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The whole outcome of a run: report.json, and all that report.md and report.html show."""
+
+    schema: int
+    name: str
+    teacher: str  # id of the teacher's variant
+    variants: tuple[Variant, ...]
+    chosen: Mapping[str, str | None]  # target → id of the variant to deploy, None where none meets the budget
+    budget: Budget
+    environment: Mapping[str, Json]
+    recipe_sha256: str
+    timings_s: Mapping[str, float]
+    notes: tuple[str, ...] = ()  # what was not done here, and every fallback
+    comparisons: tuple[Comparison, ...] = ()  # of latencies measured in the same interleaved rounds
