@@ -1,0 +1,209 @@
+"""Whether a variant keeps the budget, and which one to deploy.
+
+How limits are decided:
+- Accuracy: the limit is a fraction of the test samples, so the measured drop decides. Where its interval crosses the
+  limit the reason says so: the test set is then too small to promise the same for other samples. Asking for the whole
+  interval would turn down every variant on a test set of some hundred samples, the perfect ones too.
+- Latency: a median can be measured again, so its whole interval must lie on one side; else "cannot tell".
+- Size: exact.
+- What was not measured cannot be told; but a roofline bound above the limit, on every device and mode, is a miss.
+
+How one is chosen: among the variants of a target that keep the budget, none turned down for int8 that brings nothing.
+Where none is known to keep it, among those of which it cannot be told, since a board can only be measured with a
+bundle on it: such a choice is provisional, and its verdict says "cannot tell". Never chosen are a variant that misses a
+limit, one whose accuracy was not measured, and the teacher, which is what one has without edgekd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from edgekd.report import figures
+from edgekd.types import Budget, Comparison, Status, Variant, Verdict
+
+_TIE = 1.03  # medians closer than this are one latency: accuracy decides
+_FLOAT = ("fp32", "fp16")
+_STAGES = ("onnx", "quantized", "engine")  # what can be deployed, the furthest last
+
+
+def judge(variant: Variant, teacher: Variant, budget: Budget) -> Verdict:
+    """The verdict on one variant, with a reason for each limit of the budget; see the module for the rules."""
+    return _judge(variant, budget, is_teacher=variant.id == teacher.id)
+
+
+def _judge(variant: Variant, budget: Budget, *, is_teacher: bool = False) -> Verdict:
+    reasons: list[tuple[Status, str]] = []
+    if budget.max_accuracy_drop is not None:
+        reasons.append(_drop(variant, budget.max_accuracy_drop, is_teacher=is_teacher))
+    if budget.max_latency_ms is not None:
+        reasons.append(_latency(variant, budget.max_latency_ms))
+    if budget.max_size_bytes is not None:
+        reasons.append(_size(variant, budget.max_size_bytes))
+    if not reasons:
+        return Verdict("met", ("the budget sets no limit",))
+    found = {status for status, _ in reasons}
+    order: tuple[Status, ...] = ("missed", "cannot tell", "met")
+    return Verdict(next(status for status in order if status in found), tuple(text for _, text in reasons))
+
+
+def rejections(variants: Sequence[Variant], budget: Budget, comparisons: Sequence[Comparison] = ()) -> dict[str, str]:
+    """Variant id → why it does not earn its place: int8 that was measured no faster than float on the same target.
+
+    Held against each int8 variant: the fastest float variant of the same target and runtime, measured under the same
+    conditions, that does not miss the budget itself (one that is too large is no alternative). Where both were timed
+    in the same interleaved rounds the interval of their ratio decides, else whether their intervals are apart.
+    """
+    found: dict[str, str] = {}
+    for variant in variants:
+        if variant.precision != "int8" or variant.latency_ms is None or variant.target is None:
+            continue
+        rivals = [
+            rival
+            for rival in variants
+            if rival.precision in _FLOAT
+            and rival.stage in _STAGES
+            and _comparable(rival, variant)
+            and _judge(rival, budget).status != "missed"
+        ]
+        if rivals:
+            reason = _no_gain(variant, min(rivals, key=_p50), comparisons)
+            if reason:
+                found[variant.id] = reason
+    return found
+
+
+def choose(
+    variants: Sequence[Variant], budget: Budget, comparisons: Sequence[Comparison] = ()
+) -> dict[str, str | None]:
+    """Target → id of the variant to deploy there, None where every one misses the budget.
+
+    Of those that may be chosen (see the module): the lowest measured latency; medians that cannot be told apart, or
+    differ by less than 3 %, are a tie, which the higher accuracy wins, then the smaller file. Where no latency was
+    measured on the target, the smallest file; then the higher accuracy.
+    """
+    turned_down = rejections(variants, budget, comparisons)
+    chosen: dict[str, str | None] = {}
+    for target in dict.fromkeys(v.target for v in variants if v.target is not None):
+        offered = [
+            v
+            for v in variants
+            if v.target == target and v.stage in _STAGES and v.accuracy is not None and v.id not in turned_down
+        ]
+        for status in ("met", "cannot tell"):
+            allowed = [v for v in offered if _judge(v, budget).status == status]
+            if allowed:
+                chosen[target] = _best(allowed).id
+                break
+        else:
+            chosen[target] = None
+    return chosen
+
+
+def _best(allowed: Sequence[Variant]) -> Variant:
+    timed = [v for v in allowed if v.latency_ms is not None]
+    if not timed:
+        return min(allowed, key=lambda v: (_size_key(v), -_accuracy(v), -_STAGES.index(v.stage), v.id))
+    fastest = min(timed, key=_p50)
+    assert fastest.latency_ms is not None
+    limit = max(fastest.latency_ms.high, fastest.latency_ms.p50 * _TIE)
+    tied = [v for v in timed if v.latency_ms is not None and min(v.latency_ms.low, v.latency_ms.p50) <= limit]
+    return min(tied, key=lambda v: (-_accuracy(v), _size_key(v), _p50(v), -_STAGES.index(v.stage), v.id))
+
+
+def _comparable(rival: Variant, variant: Variant) -> bool:
+    one, two = rival.latency_ms, variant.latency_ms
+    if one is None or two is None or (rival.target, rival.runtime) != (variant.target, variant.runtime):
+        return False
+    return (one.device, one.threads, one.power_mode, one.origin) == (
+        two.device,
+        two.threads,
+        two.power_mode,
+        two.origin,
+    )
+
+
+def _no_gain(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]) -> str | None:
+    ours, theirs = variant.latency_ms, rival.latency_ms
+    assert ours is not None
+    assert theirs is not None
+    verdict, ratio = _against(variant, rival, comparisons)
+    if verdict == "faster":
+        return None
+    told = {"slower": f"{ratio:.2f}{figures.TIMES} slower than", "same": "no faster than"}
+    return (
+        f"int8 must earn its place: at {figures.milliseconds(ours.p50)} {figures.latency_interval(ours)} it is "
+        f"{told.get(verdict, 'not shown to be faster than')} {rival.id} in {rival.precision} at "
+        f"{figures.milliseconds(theirs.p50)} {figures.latency_interval(theirs)}"
+    )
+
+
+def _against(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]) -> tuple[str, float]:
+    for found in comparisons:
+        if (found.candidate, found.baseline) == (variant.id, rival.id):
+            return found.verdict, found.ratio.value
+        if (found.candidate, found.baseline) == (rival.id, variant.id):
+            turned: Mapping[str, str] = {"faster": "slower", "slower": "faster"}
+            return turned.get(found.verdict, found.verdict), 1 / found.ratio.value
+    ours, theirs = variant.latency_ms, rival.latency_ms
+    assert ours is not None
+    assert theirs is not None
+    verdict = "faster" if ours.high < theirs.low else "slower" if ours.low > theirs.high else "cannot tell"
+    return verdict, ours.p50 / theirs.p50
+
+
+def _drop(variant: Variant, limit: float, *, is_teacher: bool) -> tuple[Status, str]:
+    allowed = f"{figures.limit_points(limit)} allowed"
+    if is_teacher:
+        return "met", f"accuracy: the teacher itself; {allowed}"
+    drop = variant.drop
+    if drop is None:
+        return "cannot tell", f"accuracy drop: not measured ({_why(variant, 'drop', 'accuracy')}); {allowed}"
+    status: Status = "met" if drop.value <= limit + 1e-12 else "missed"
+    text = f"accuracy drop: {figures.points(drop.value, drop.n, signed=False)} points "
+    text += f"{figures.points_interval(drop)} on {drop.n:,} samples; {allowed}"
+    if status == "met" and drop.high > limit:
+        text += "; the interval reaches beyond the limit, so other samples may show a larger drop"
+    if status == "missed" and drop.low <= limit:
+        text += "; the interval reaches below the limit, so more samples might show a smaller drop"
+    return status, text
+
+
+def _latency(variant: Variant, limit: float) -> tuple[Status, str]:
+    allowed = f"{figures.plain(figures.milliseconds(limit))} allowed"
+    latency = variant.latency_ms
+    if latency is not None and latency.origin != "estimate":
+        status: Status = "met" if latency.high <= limit else "missed" if latency.low > limit else "cannot tell"
+        text = f"latency: {figures.milliseconds(latency.p50)} {figures.latency_interval(latency)} on {latency.device}"
+        crossing = "; the interval holds the limit: measure longer, or on a quieter machine"
+        return status, f"{text}; {allowed}" + (crossing if status == "cannot tell" else "")
+    bounds = [estimate.lower_bound_ms for estimate in variant.estimates]
+    if bounds and min(bounds) > limit:
+        least = figures.milliseconds(min(bounds))
+        return "missed", f"latency: not measured, but at least {least} on every device listed (roofline); {allowed}"
+    return "cannot tell", f"latency: not measured ({_why(variant, 'latency_ms')}); {allowed}"
+
+
+def _size(variant: Variant, limit: int) -> tuple[Status, str]:
+    allowed = f"{figures.plain(figures.size(limit))} allowed"
+    if variant.size_bytes is None:
+        return "cannot tell", f"size: not known ({_why(variant, 'size_bytes')}); {allowed}"
+    text = f"size: {figures.size(variant.size_bytes)}"
+    if figures.size(limit) == figures.size(variant.size_bytes) and variant.size_bytes != limit:
+        text, allowed = f"size: {variant.size_bytes} bytes", f"{limit} bytes allowed"
+    return ("met" if variant.size_bytes <= limit else "missed"), f"{text}; {allowed}"
+
+
+def _why(variant: Variant, *names: str) -> str:
+    return next((variant.missing[name] for name in names if name in variant.missing), "no reason was recorded")
+
+
+def _p50(variant: Variant) -> float:
+    return variant.latency_ms.p50 if variant.latency_ms else float("inf")
+
+
+def _accuracy(variant: Variant) -> float:
+    return variant.accuracy.value if variant.accuracy else 0.0
+
+
+def _size_key(variant: Variant) -> float:
+    return variant.size_bytes if variant.size_bytes is not None else float("inf")

@@ -1,0 +1,144 @@
+"""Which variants go into which chart, and what stands where there is nothing to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from edgekd.report import charts, figures, story
+from edgekd.report.charts import Limits, Point, Step
+from edgekd.types import Report, Variant
+
+_ORDER = ("teacher", "student", "pruned", "onnx", "quantized", "engine")
+_SCATTER = ((540, 330), (344, 300))  # width and height in pixels: beside each other, and on a phone
+_STEPS = ((1108, 220), (344, 260))
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A chart in two widths, or the sentence that stands in its place."""
+
+    title: str
+    wide: Markup | None
+    narrow: Markup | None
+    instead: str
+    full_width: bool = False
+
+
+def pictures(report: Report, target: str) -> tuple[Picture, ...]:
+    """Accuracy against latency, accuracy against size, and accuracy stage by stage, for one target."""
+    return (_latency(report, target), _size(report, target), _stages(report, target))
+
+
+def _latency(report: Report, target: str) -> Picture:
+    title = "Accuracy against latency"
+    there = [v for v in report.variants if v.target == target and v.latency_ms]
+    if not there:
+        why = next(
+            (v.missing["latency_ms"] for v in report.variants if v.target == target and "latency_ms" in v.missing), ""
+        )
+        return Picture(title, None, None, f"No latency was measured on {target}" + (f": {why}." if why else "."))
+    shared = [v for v in report.variants if v.target is None and story.comparable(v.latency_ms, there[0].latency_ms)]
+
+    def point(v: Variant) -> Point | None:
+        if v.accuracy is None or v.latency_ms is None:
+            return None
+        latency = v.latency_ms
+        return Point(v.id, v.accuracy, latency.p50, latency.low, latency.high, _kind(report, v))
+
+    return _scatter(
+        report,
+        title,
+        _merged(report, [*shared, *there], point),
+        report.budget.max_latency_ms,
+        "latency, ms",
+        lambda value: figures.plain(figures.digits(value)),
+    )
+
+
+def _size(report: Report, target: str) -> Picture:
+    rows = [v for v in report.variants if v.target in (None, target)]
+
+    def point(v: Variant) -> Point | None:
+        if v.accuracy is None or not v.size_bytes:
+            return None
+        return Point(v.id, v.accuracy, v.size_bytes, v.size_bytes, v.size_bytes, _kind(report, v))
+
+    return _scatter(
+        report, "Accuracy against size", _merged(report, rows, point), report.budget.max_size_bytes, "size",
+        lambda value: figures.plain(figures.size(round(value))),
+    )  # fmt: skip
+
+
+def _scatter(
+    report: Report, title: str, points: list[Point], limit: float | None, name: str, shown: Callable[[float], str]
+) -> Picture:
+    if not points:
+        return Picture(title, None, None, "No variant has both figures.")
+    teacher, drop = story.teacher_of(report), report.budget.max_accuracy_drop
+    least = teacher.accuracy.value - drop if teacher.accuracy is not None and drop is not None else None
+    drawn = [charts.scatter(points, Limits(least, limit), name, shown, w, h) for w, h in _SCATTER]
+    return Picture(title, drawn[0], drawn[1], "")
+
+
+def _merged(report: Report, rows: list[Variant], point: Callable[[Variant], Point | None]) -> list[Point]:
+    """Points that lie on each other, such as a graph and the engine that is a copy of it, become one."""
+    found: dict[tuple[float, float], list[Point]] = {}
+    for variant in rows:
+        made = point(variant)
+        if made:
+            found.setdefault((made.cost, made.accuracy.value), []).append(made)
+    rank = ("chosen", "teacher", "other", "missed")
+    merged = []
+    for same in found.values():
+        first = min(same, key=lambda p: rank.index(p.kind))
+        label = first.label if len(same) == 1 else f"{first.label} (+{len(same) - 1})"
+        merged.append(Point(label, first.accuracy, first.cost, first.cost_low, first.cost_high, first.kind))
+    return merged
+
+
+def _kind(report: Report, variant: Variant) -> str:
+    if variant.id == report.teacher:
+        return "teacher"
+    if variant.id in report.chosen.values():
+        return "chosen"
+    return "missed" if variant.verdict and variant.verdict.status == "missed" else "other"
+
+
+def _stages(report: Report, target: str) -> Picture:
+    chosen = next((v for v in report.variants if v.id == report.chosen.get(target)), None)
+    path = path_to(report, target, chosen)
+    end = path[-1] if path else None
+    title = "Where accuracy was lost" + (f", up to {end.id}" if end and end.target else "")
+    if len(path) < 2:
+        return Picture(title, None, None, "Fewer than two stages have a measured accuracy.", full_width=True)
+    steps = [Step(_label(v), v.accuracy) for v in path if v.accuracy]
+    drawn = [charts.steps(steps, w, h) for w, h in _STEPS]
+    return Picture(title, drawn[0], drawn[1], "", full_width=True)
+
+
+def path_to(report: Report, target: str, chosen: Variant | None) -> list[Variant]:
+    """The stages from the teacher to `chosen` (or to the last variant of the target), those with an accuracy.
+
+    Of a stage that exists in several precisions, the one on the way is that of the end, else float.
+    """
+    own = [v for v in report.variants if v.target in (None, target) and v.accuracy is not None]
+    end = chosen if chosen is not None and chosen.accuracy is not None else own[-1] if own else None
+    if end is None:
+        return []
+    path = []
+    for stage in _ORDER[: _ORDER.index(end.stage) + 1]:
+        there = [v for v in own if v.stage == stage and (stage != "teacher" or v.id == report.teacher)]
+        if stage == end.stage:
+            path.append(end)
+        elif there:
+            fits = [v for v in there if v.precision == (end.precision if stage == "quantized" else "fp32")]
+            if fits or stage != "quantized":
+                path.append((fits or there)[0])
+    return path
+
+
+def _label(variant: Variant) -> str:
+    return variant.stage if variant.precision == "fp32" else f"{variant.stage} {variant.precision}"

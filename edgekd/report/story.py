@@ -1,0 +1,169 @@
+"""What the report says in sentences: which variant to deploy, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edgekd.report import figures
+from edgekd.report.judge import judge, rejections
+from edgekd.types import Budget, Latency, Report, Variant
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """The outcome for one target in a sentence: `lead` names what to do, `body` what one gets."""
+
+    target: str
+    kind: Literal["deploy", "try", "none"]
+    chosen: Variant | None
+    lead: str
+    body: str
+    because: tuple[str, ...]  # what speaks against it, or is not known
+
+
+def headlines(report: Report) -> tuple[Headline, ...]:
+    """One for each target, in the order of the report."""
+    return tuple(_headline(report, target) for target in report.chosen)
+
+
+def teacher_of(report: Report) -> Variant:
+    """The variant everything is compared with."""
+    return next(variant for variant in report.variants if variant.id == report.teacher)
+
+
+def turned_down(report: Report) -> dict[str, str]:
+    """Variant id → why it is not deployed although it may keep the budget."""
+    return rejections(report.variants, report.budget, report.comparisons)
+
+
+def budget_line(budget: Budget) -> str:
+    """The limits in one line."""
+    parts = []
+    if budget.max_accuracy_drop is not None:
+        parts.append(f"accuracy drop at most {figures.limit_points(budget.max_accuracy_drop)}")
+    if budget.max_latency_ms is not None:
+        parts.append(f"latency at most {figures.plain(figures.milliseconds(budget.max_latency_ms))}")
+    if budget.max_size_bytes is not None:
+        parts.append(f"size at most {figures.plain(figures.size(budget.max_size_bytes))}")
+    return "; ".join(parts) if parts else "no limit was set"
+
+
+def speed_up(variant: Variant, teacher: Variant, report: Report) -> float | None:
+    """How many times faster than the teacher, where both were measured under the same conditions."""
+    if not comparable(variant.latency_ms, teacher.latency_ms):
+        return None
+    for found in report.comparisons:
+        if (found.candidate, found.baseline) == (variant.id, teacher.id):
+            return 1 / found.ratio.value
+    assert variant.latency_ms is not None
+    assert teacher.latency_ms is not None
+    return teacher.latency_ms.p50 / variant.latency_ms.p50
+
+
+def comparable(one: Latency | None, two: Latency | None) -> bool:
+    """Whether two latencies were measured on the same device, with the same threads and power mode."""
+    if one is None or two is None:
+        return False
+    return (one.device, one.threads, one.power_mode, one.origin) == (
+        two.device,
+        two.threads,
+        two.power_mode,
+        two.origin,
+    )
+
+
+def summary(report: Report, folder: str) -> str:
+    """The outcome as a few plain lines for a terminal."""
+    lines = [f"{h.lead} {h.body}".strip() for h in headlines(report)]
+    lines += [f"  {reason}" for h in headlines(report) for reason in h.because]
+    if not lines:
+        lines = ["No target was asked for, so there is nothing to deploy."]
+    return "\n".join([*lines, f"Report: {folder}/report.html"])
+
+
+def _headline(report: Report, target: str) -> Headline:
+    teacher = teacher_of(report)
+    name = report.chosen[target]
+    if name is None:
+        return _nothing(report, target, teacher)
+    chosen = next(variant for variant in report.variants if variant.id == name)
+    verdict = chosen.verdict or judge(chosen, teacher, report.budget)
+    body = _figures(chosen, teacher, report)
+    unearned = _unearned(chosen, report)
+    if verdict.status == "met":
+        because = (*_caveats(chosen), *unearned)
+        return Headline(target, "deploy", chosen, f"Deploy {chosen.id} on {target}:", body, because)
+    unknown = tuple(reason for reason in verdict.reasons if "not measured" in reason or "not known" in reason)
+    return Headline(
+        target, "try", chosen, f"Try {chosen.id} first on {target}:", body, (
+            "Whether it keeps the budget cannot be told yet.", *(unknown or verdict.reasons), *unearned,
+        ),
+    )  # fmt: skip
+
+
+def _nothing(report: Report, target: str, teacher: Variant) -> Headline:
+    offered = [v for v in report.variants if v.target == target and v.stage != "teacher"]
+    refused = turned_down(report)
+    because: list[str] = []
+    for variant in offered:
+        verdict = variant.verdict or judge(variant, teacher, report.budget)
+        missed = verdict.reasons if verdict.status != "met" else ()
+        told = "; ".join(missed) or refused.get(variant.id, "")
+        if not told and variant.accuracy is None:
+            told = f"its accuracy was not measured ({variant.missing.get('accuracy', 'no reason was recorded')})"
+        if told:
+            because.append(f"{variant.id}: {told}")
+    what = "No variant is known to keep the budget." if offered else "No variant was made for it."
+    return Headline(target, "none", None, f"Deploy nothing on {target} yet.", what, tuple(because))
+
+
+def _figures(chosen: Variant, teacher: Variant, report: Report) -> str:
+    parts = []
+    if chosen.accuracy is not None:
+        parts.append(_accuracy(chosen, teacher))
+    if chosen.size_bytes is not None and teacher.size_bytes:
+        parts.append(_ratio(teacher.size_bytes / chosen.size_bytes, "smaller", "larger", "as large as the teacher"))
+    faster = speed_up(chosen, teacher, report)
+    if faster is not None and chosen.latency_ms is not None:
+        where = "this machine" if chosen.latency_ms.origin == "host" else chosen.latency_ms.device
+        parts.append(_ratio(faster, "faster", "slower", "as fast as the teacher") + f" on {where}")
+    elif chosen.latency_ms is not None:
+        parts.append(f"{figures.milliseconds(chosen.latency_ms.p50)} on {chosen.latency_ms.device}")
+    return (", ".join(parts) or "none of its figures was measured") + "."
+
+
+def _accuracy(chosen: Variant, teacher: Variant) -> str:
+    assert chosen.accuracy is not None
+    n = chosen.accuracy.n
+    text = f"{figures.percent(chosen.accuracy.value, n)} accurate"
+    if teacher.accuracy is None:
+        return text
+    text += f" (teacher {figures.percent(teacher.accuracy.value, teacher.accuracy.n)}"
+    if chosen.drop is not None:
+        change = figures.points(-chosen.drop.value, n)
+        text += f", {change} points" if chosen.drop.value else ", no drop"
+    return text + ")"
+
+
+def _ratio(ratio: float, more: str, less: str, same: str) -> str:
+    if 0.97 < ratio < 1.03:
+        return same
+    return f"{figures.factor(ratio)} {more}" if ratio > 1 else f"{figures.factor(1 / ratio)} {less}"
+
+
+def _unearned(chosen: Variant, report: Report) -> tuple[str, ...]:
+    """int8 that is chosen for its size alone, since nothing was timed: it may be slower than float there."""
+    rivals = [v.id for v in report.variants if v.target == chosen.target and v.precision in ("fp16", "fp32")]
+    if chosen.precision != "int8" or chosen.latency_ms is not None or not rivals:
+        return ()
+    return (f"int8 has still to earn its place: time it on the device against {' and '.join(rivals)}",)
+
+
+def _caveats(chosen: Variant) -> tuple[str, ...]:
+    """What a reader must know although the verdict is "met"."""
+    found = [reason for reason in (chosen.verdict.reasons if chosen.verdict else ()) if "interval reaches" in reason]
+    if chosen.latency_ms is None:
+        why = chosen.missing.get("latency_ms", "no reason was recorded")
+        found.append(f"latency: not measured ({why})")
+    return tuple(found)

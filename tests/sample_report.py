@@ -1,0 +1,119 @@
+"""Reports to test with: realistic ones, and each edge of what a run may leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from edgekd.bench.accuracy import paired_difference, wilson
+from edgekd.bench.conditions import environment
+from edgekd.report import choose, judge
+from edgekd.types import (
+    Budget,
+    Comparison,
+    Estimate,
+    Interval,
+    Latency,
+    Parity,
+    Precision,
+    Report,
+    Stage,
+    Variant,
+)
+
+NO_BOARD = "TensorRT is not installed here; run.py --bench in the bundle measures it on the board"
+BUDGET = Budget(max_accuracy_drop=0.01, max_latency_ms=5.0, max_size_bytes=400_000)
+
+
+def latency(p50: float, *, spread: float = 0.01, device: str = "AMD EPYC", **changes: Any) -> Latency:
+    """A plausible latency around a median, in milliseconds."""
+    made = Latency(
+        p50=p50, p90=p50 * 1.04, p99=p50 * 1.19, mean=p50 * 1.02, n=9200,
+        low=p50 * (1 - spread), high=p50 * (1 + spread), origin="host", device=device, threads=1, power_mode=None,
+    )  # fmt: skip
+    return dataclasses.replace(made, **changes)
+
+
+def variant(
+    name: str, stage: Stage, *, target: str | None = None, precision: Precision = "fp32", **given: Any
+) -> Variant:
+    """A row with nothing measured but what is given."""
+    empty: dict[str, Any] = {field.name: None for field in dataclasses.fields(Variant)}
+    empty |= {"id": name, "stage": stage, "target": target, "precision": precision, "estimates": (), "missing": {}}
+    return Variant(**(empty | given))
+
+
+def scored(hits: int, teacher_hits: int, n: int) -> dict[str, Any]:
+    """Accuracy, drop and agreement of a variant that is right on `hits` of n samples, mostly the teacher's."""
+    lost = max(teacher_hits - hits, 0) + min(2, n - teacher_hits)
+    won = hits - teacher_hits + lost
+    drop = paired_difference(teacher_hits - lost, lost, won, n - teacher_hits - won)
+    return {"accuracy": wilson(hits, n), "drop": drop, "agreement": 1 - (lost + won) / n}
+
+
+def realistic(*, n: int = 450, budget: Budget = BUDGET) -> Report:
+    """Two targets: this machine, measured, and Jetson without a board; digits, a teacher of 272 kparameters."""
+    top = round(n * 0.9933)
+    host, jetson = {"target": "host"}, {"target": "jetson"}
+    no_latency = {"latency_ms": NO_BOARD, "peak_memory_bytes": NO_BOARD, "energy_mj": "no power sensor was found"}
+    host_missing = {"energy_mj": "no power sensor was found"}
+    estimates = tuple(
+        Estimate(device, mode, bound, None, None, None)
+        for device, mode, bound in (
+            ("Jetson Orin Nano 8 GB Super", "15W", 0.0061), ("Jetson Orin Nano 8 GB Super", "25W", 0.0041),
+            ("Jetson AGX Orin 64 GB", "MAXN", 0.0014),
+        )
+    )  # fmt: skip
+    weights_missing = {
+        "latency_ms": "weights are not deployed; their ONNX file is timed", "path": "kept in the store",
+        "peak_memory_bytes": "weights are not deployed; their ONNX file is timed",
+        "parity": "nothing stands before it", "energy_mj": "no power sensor was found",
+    }  # fmt: skip
+    ort = "onnxruntime 1.32.0"
+    tiny: dict[str, Any] = {"parameters": 17_674, "macs": 1_031_000}
+    same = scored(top - 1, top, n)
+    exact, halved = Parity(2.9e-6, 0.99999999, 64), Parity(4.1e-3, 0.999998, 64)
+    on_host: dict[str, Any] = {**host, **tiny, "runtime": ort, "missing": host_missing}
+    on_jetson: dict[str, Any] = {**jetson, **tiny, "estimates": estimates, "missing": no_latency}
+    rows = [
+        variant("teacher", "teacher", runtime=ort, size_bytes=1_094_000, parameters=272_474, macs=10_153_000,
+                accuracy=wilson(top, n), latency_ms=latency(1.118), peak_memory_bytes=9_830_000,
+                missing={"parity": "nothing stands before it", "energy_mj": "no power sensor was found"}),
+        variant("student", "student", size_bytes=74_300, **tiny, **same, missing=weights_missing),
+        variant("host-fp32", "onnx", **on_host, path="models/host/fp32.onnx", sha256="a" * 64, size_bytes=76_900,
+                **same, parity=exact, latency_ms=latency(0.2184), peak_memory_bytes=3_120_000),
+        variant("host-fp16", "onnx", **on_host, precision="fp16", path="models/host/fp16.onnx", size_bytes=40_100,
+                **same, parity=halved, latency_ms=latency(0.311), peak_memory_bytes=3_520_000),
+        variant("host-int8", "quantized", **on_host, precision="int8", path="models/host/int8.onnx", size_bytes=29_800,
+                **same, parity=Parity(0.41, 0.99912, 64), latency_ms=latency(0.1329, spread=0.02),
+                peak_memory_bytes=2_710_000),
+        variant("jetson-fp32", "onnx", **on_jetson, path="models/jetson/fp32.onnx", size_bytes=76_900, **same,
+                parity=exact),
+        variant("jetson-fp16", "onnx", **on_jetson, precision="fp16", path="models/jetson/fp16.onnx", size_bytes=40_100,
+                **same, parity=halved),
+        variant("jetson-int8", "quantized", **on_jetson, precision="int8", path="models/jetson/int8.onnx",
+                size_bytes=33_400, **scored(top - 9, top, n), parity=Parity(0.83, 0.9961, 64)),
+    ]  # fmt: skip
+    comparisons = (
+        Comparison("host-fp32", "teacher", Interval(0.1953, 0.1941, 0.1967, 40), "faster"),
+        Comparison("host-int8", "host-fp32", Interval(0.6085, 0.599, 0.619, 40), "faster"),
+        Comparison("host-fp16", "host-fp32", Interval(1.424, 1.41, 1.44, 40), "slower"),
+    )
+    return finished(rows, budget, comparisons=comparisons)
+
+
+def finished(rows: list[Variant], budget: Budget, **changes: Any) -> Report:
+    """A report on these rows, judged and chosen."""
+    teacher = rows[0]
+    comparisons = changes.get("comparisons", ())
+    judged = tuple(
+        v if v.stage in ("teacher", "student") else dataclasses.replace(v, verdict=judge(v, teacher, budget))
+        for v in rows
+    )
+    made = Report(
+        schema=1, name="digits", teacher=teacher.id, variants=judged, chosen=choose(judged, budget, comparisons),
+        budget=budget, environment=environment(), recipe_sha256="5d41402abc4b2a76b9719d911017c592" * 2,
+        timings_s={"teacher": 74.1, "distill": 103.4, "export": 3.2, "quantize": 21.0, "bench": 38.9},
+        notes=("jetson: engines are built on the board by the bundle's run.py, since TensorRT is not installed here",),
+    )  # fmt: skip
+    return dataclasses.replace(made, **changes)

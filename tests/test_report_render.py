@@ -1,0 +1,260 @@
+"""The pages: what they say, that they need nothing from elsewhere, and that hostile names stay text."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from sample_report import BUDGET, finished, latency, realistic, variant
+
+from edgekd import report
+from edgekd.bench.accuracy import wilson
+from edgekd.report import figures, story, svg
+from edgekd.report.render import html, markdown
+from edgekd.types import Budget, Interval, Report
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>|[a](javascript:x)`*_"
+TEACHER = variant("teacher", "teacher", accuracy=wilson(440, 450))
+
+
+class Page(HTMLParser):
+    """Collects what a page consists of."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def hostile() -> Report:
+    """Every text that a user can choose is an attack."""
+    made = realistic()
+    rows = tuple(
+        dataclasses.replace(
+            v, id=v.id + HOSTILE, runtime=HOSTILE, missing=dict.fromkeys(v.missing, HOSTILE), path=HOSTILE,
+        )
+        for v in made.variants
+    )  # fmt: skip
+    return dataclasses.replace(
+        made, name=HOSTILE, variants=rows, teacher=rows[0].id, notes=(HOSTILE,), environment={HOSTILE: HOSTILE},
+        chosen={t: c and c + HOSTILE for t, c in made.chosen.items()}, recipe_sha256=HOSTILE, timings_s={HOSTILE: 1.0},
+        comparisons=tuple(dataclasses.replace(c, candidate=HOSTILE) for c in made.comparisons),
+    )  # fmt: skip
+
+
+EDGES: dict[str, Report] = {
+    "realistic": realistic(),
+    "many samples": realistic(n=10_000),
+    "no budget": realistic(budget=Budget()),
+    "nothing chosen": realistic(budget=Budget(max_accuracy_drop=0.0, max_latency_ms=0.001, max_size_bytes=10)),
+    "one variant": finished([TEACHER], BUDGET),
+    "nothing measured": finished([variant("teacher", "teacher"), variant("v", "onnx", target="host")], BUDGET),
+    "all wrong": finished(
+        [TEACHER, variant("v", "onnx", target="host", accuracy=wilson(0, 450), latency_ms=latency(1), size_bytes=0)],
+        BUDGET,
+    ),
+    "no targets": finished([TEACHER, variant("v", "onnx", accuracy=wilson(450, 450))], BUDGET),
+    "bare": finished([TEACHER], Budget(), environment={}, timings_s={}, notes=()),
+    "hostile": hostile(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_every_edge_renders(name: str, tmp_path: Path) -> None:
+    report.render(EDGES[name], tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    for text in (html(EDGES[name]), markdown(EDGES[name])):
+        assert not re.search(r"\b(nan|None|inf)\b", text), re.search(r".{60}\b(nan|None|inf)\b.{60}", text)
+        assert "{{" not in text
+    assert report.load(tmp_path) == EDGES[name]
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_the_page_is_self_contained(name: str) -> None:
+    text = html(EDGES[name])
+    page = Page(text)
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "iframe", "object", "embed", "img", "form", "base"}
+    for tag, attributes in page.tags:
+        assert not [key for key in attributes if key.startswith("on")]
+        for key in ("src", "href", "xlink:href", "action"):
+            target = attributes.get(key)
+            assert target is None or target.startswith(("#", "data:,")), (tag, target)
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_hostile_names_stay_text() -> None:
+    page = Page(html(hostile()))
+    assert page.text.count("<script>alert(1)</script>") > 20
+    noted = markdown(hostile())
+    assert "<script>" not in noted
+    assert "\\[a\\](javascript" in noted
+    rows = [line for line in noted.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, "a name breaks the table"
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_notes_and_their_numbers_belong_together(name: str) -> None:
+    page = Page(html(EDGES[name]))
+    asked = {a["href"] for tag, a in page.tags if tag == "a"}
+    assert asked == {f"#{a['id']}" for tag, a in page.tags if tag == "li" and str(a.get("id", "")).startswith("gap-")}
+
+
+def test_the_headline_says_what_a_person_wants_to_know() -> None:
+    host, jetson = story.headlines(realistic())
+    assert (host.kind, host.lead) == ("deploy", "Deploy host-int8 on host:")
+    assert host.body == ("99.1 % accurate (teacher 99.3 %, −0.2 points), 37× smaller, 8.4× faster on this machine.")
+    assert "the interval reaches beyond the limit" in host.because[0]
+    assert (jetson.kind, jetson.lead) == ("try", "Try jetson-fp16 first on jetson:")
+    assert jetson.because[0] == "Whether it keeps the budget cannot be told yet."
+    assert "TensorRT is not installed here" in jetson.because[1]
+
+
+def test_the_headline_of_nothing_names_the_reasons() -> None:
+    host, _ = story.headlines(EDGES["nothing chosen"])
+    assert host.lead == "Deploy nothing on host yet."
+    assert len(host.because) == 3
+    assert host.because[0].startswith("host-fp32: accuracy drop: 0.2 points")
+
+
+def test_int8_that_was_not_timed_has_still_to_earn_its_place() -> None:
+    _, jetson = story.headlines(EDGES["many samples"])
+    assert jetson.chosen is not None
+    assert jetson.chosen.id == "jetson-int8"
+    assert "int8 has still to earn its place" in jetson.because[-1]
+    assert "jetson-fp32 and jetson-fp16" in jetson.because[-1]
+
+
+def test_slower_larger_and_equal_are_called_so() -> None:
+    rows = [
+        variant("teacher", "teacher", accuracy=wilson(440, 450), size_bytes=1000, latency_ms=latency(1.0)),
+        variant("v", "onnx", target="host", accuracy=wilson(440, 450), drop=Interval(0.0, -0.01, 0.01, 450),
+                size_bytes=2000, latency_ms=latency(2.0)),
+    ]  # fmt: skip
+    (found,) = story.headlines(finished(rows, Budget()))
+    assert found.body == "97.8 % accurate (teacher 97.8 %, no drop), 2.0× larger, 2.0× slower on this machine."
+    rows[1] = dataclasses.replace(rows[1], size_bytes=1001, latency_ms=latency(1.0, device="board", origin="device"))
+    (found,) = story.headlines(finished(rows, Budget()))
+    assert found.body.endswith("as large as the teacher, 1.00 ms on board.")
+
+
+def test_int8_that_brings_nothing_is_told(tmp_path: Path) -> None:
+    made = realistic()
+    slower = [dataclasses.replace(v, latency_ms=latency(0.4)) if v.id == "host-int8" else v for v in made.variants]
+    found = finished(slower, BUDGET)
+    assert found.chosen["host"] == "host-fp32"
+    for text in (Page(html(found)).text, markdown(found)):
+        assert "int8 must earn its place" in text
+        assert "turned down" in text
+
+
+def test_what_was_not_measured_is_a_dash_with_a_reason_never_zero() -> None:
+    text = markdown(EDGES["nothing measured"])
+    row = next(line for line in text.splitlines() if line.startswith("| v |"))
+    assert not re.search(r"\b0\b", row)
+    assert row.count("—") == 9
+    assert "no reason was recorded" in text
+
+
+def test_another_budget_gives_other_verdicts() -> None:
+    made = realistic()
+    changed = report.rejudged(made, Budget(max_size_bytes=10))
+    assert changed.chosen == {"host": None, "jetson": None}
+    assert {v.verdict.status for v in changed.variants if v.verdict} == {"missed"}
+    assert report.rejudged(changed, made.budget) == made
+    assert "Deploy nothing on host yet." in report.summary(changed, Path("runs/x"))
+    assert report.summary(made, Path("runs/x")).endswith("Report: runs/x/report.html")
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (figures.percent(0.99149, 450), "99.1 %"),
+        (figures.percent(0.99149, 10_000), "99.15 %"),
+        (figures.percent(0.9999, 450), "99.9 %"),
+        (figures.percent(1.0, 450), "100.0 %"),
+        (figures.points(0.002), "+0.2"),
+        (figures.points(-0.002), "−0.2"),
+        (figures.points(-0.0001), "0.0"),
+        (figures.size(999), "999 B"),
+        (figures.size(999_600), "1.00 MB"),
+        (figures.size(12_345), "12.3 kB"),
+        (figures.quantity(40_813_184), "40.8 M"),
+        (figures.quantity(12), "12"),
+        (figures.milliseconds(0.21844), "0.218 ms"),
+        (figures.milliseconds(9.999), "10.0 ms"),
+        (figures.milliseconds(1234.5), "1230 ms"),
+        (figures.plain("5.00 ms"), "5 ms"),
+        (figures.plain("500 kB"), "500 kB"),
+        (figures.factor(9.96), "10×"),
+        (figures.factor(1.02), "1.02×"),
+        (figures.duration(59.7), "1 min 0 s"),
+        (figures.duration(3725), "1 h 2 min"),
+    ],
+)
+def test_figures(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+def test_axis_ticks_are_round_and_within() -> None:
+    assert svg.Axis(0.1, 7.0, 0, 100, logarithmic=True).ticks(6) == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5])
+    assert svg.Axis(0.964, 0.998, 0, 100).ticks(5) == pytest.approx([0.97, 0.98, 0.99])
+    assert svg.Axis(1, 100, 0, 100, logarithmic=True).px(10) == 50
+
+
+def test_labels_of_near_points_do_not_cover_each_other() -> None:
+    frame = svg.Box(0, 0, 500, 300)
+    taken: list[svg.Box] = []
+    points = [(100.0 + 12 * i, 150.0) for i in range(5)]
+    for x, y in points:
+        box, _ = svg.place(x, y, "a label", taken, points, frame, 6)
+        assert all(box.overlap(other) == 0 for other in taken)
+        assert box.overlap(frame) == pytest.approx((box.right - box.left) * (box.bottom - box.top))
+        taken.append(box)
+
+
+def test_a_limit_far_below_every_point_tints_nothing() -> None:
+    text = html(EDGES["nothing chosen"])
+    assert 'class="allowed"' not in text
+    assert "the limit lies far to the left of this chart" in text
+    assert 'class="allowed"' in html(realistic())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["realistic", "nothing chosen", "one variant", "hostile"])
+def test_a_browser_shows_it_on_a_phone_without_errors(name: str, tmp_path: Path) -> None:
+    browser = next(
+        (path for word in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(word))), None
+    )
+    if browser is None:
+        pytest.skip("no chromium here")
+    report.render(EDGES[name], tmp_path)
+    script = "const d=f.contentDocument.documentElement;document.title=d.scrollWidth+' '+d.clientWidth"
+    style = "border:0;width:390px;height:800px"
+    (tmp_path / "phone.html").write_text(
+        f'<title>none</title><iframe id="f" src="report.html" style="{style}" onload="{script}"></iframe>'
+    )
+    done = subprocess.run(
+        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         "--allow-file-access-from-files", "--enable-logging=stderr", "--virtual-time-budget=3000",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "phone.html").as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    found = re.search(r"<title>(\d+) (\d+)</title>", done.stdout)
+    assert found, done.stdout[:300]
+    assert int(found[1]) <= int(found[2]) == 390, "the page is wider than a phone"
+    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
