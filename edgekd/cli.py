@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -224,8 +225,11 @@ def verify(folder: Path, as_json: bool) -> int:
     from edgekd.bundle import verify as check
 
     found = check(folder)
-    click.echo(json.dumps(found.as_json(), indent=1) if as_json else found.as_text())
-    return DONE if found.ok else USER_ERROR
+    if as_json:
+        click.echo(json.dumps(asdict(found) | {"sound": found.sound}, indent=1))
+    else:
+        click.echo("\n".join([*map(str, found.findings), *found.skipped, f"{found.files} files checked"]))
+    return DONE if found.sound else USER_ERROR
 
 
 def _recipe(path: Path | None) -> Recipe:

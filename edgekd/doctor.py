@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from edgekd import plugins
 from edgekd import target as target_files
-from edgekd.bench import environment
+from edgekd.bench.conditions import environment
 from edgekd.types import Backend, Json
 
 

@@ -88,9 +88,10 @@ class Recipe:
             "quantize": without_none(asdict(self.quantize)),
             "budget": without_none(asdict(self.budget)),
         }
-        for section, key in (("teacher", "weights"), ("student", "weights"), ("data", "path"), ("data", "root")):
-            if isinstance(table[section].get(key), str):
-                table[section][key] = os.path.relpath(table[section][key], folder)
+        for section in ("teacher", "student", "data"):
+            for key in _PATHS:
+                if isinstance(table[section].get(key), str):
+                    table[section][key] = os.path.relpath(table[section][key], folder)
         return tomli_w.dumps(table)
 
 
@@ -124,6 +125,7 @@ def budget_of(budget: Budget, max_drop: str | None, max_latency: str | None, max
 
 
 _SECTIONS = ("name", "seed", "teacher", "data", "student", "loss", "distill", "augment", "export", "quantize", "budget")
+_PATHS = ("path", "root", "weights", "pretrained")  # options of parts that name a file or a folder
 _MODEL_KEYS = ("model", "weights", "mean", "std", "train")
 
 
@@ -141,9 +143,7 @@ def parse(table: Mapping[str, Any], *, source: str, folder: Path) -> Recipe:
     if name != Path(name).name or name.startswith("."):
         raise RecipeError(f"'{name}' cannot name a folder", where=place("name"), expected="a plain word, e.g. plants")
     data = _part(table["data"], place("data"))
-    if "path" in data.options:
-        path = _resolved(folder, data.options["path"], place("data.path"))
-        data = replace(data, options=dict(data.options) | {"path": path})
+    data = replace(data, options=_placed(data.options, folder, place("data")))
     teacher, student = (_model(table[kind], place(kind), folder) for kind in ("teacher", "student"))
     if "train" in table["student"]:
         raise RecipeError("unknown key 'train'", where=place("student"), fix="the student is trained by [distill]")
@@ -155,7 +155,7 @@ def parse(table: Mapping[str, Any], *, source: str, folder: Path) -> Recipe:
         teacher=teacher,
         teacher_train=toml.read(TrainOptions, table["teacher"].get("train", {}), place("teacher.train")),
         student=student,
-        losses=_losses(table.get("loss", _HINTON), source),
+        losses=_losses(table.get("loss", HINTON), source),
         distill=toml.read(TrainOptions, table.get("distill", {}), place("distill")),
         augment=toml.read(Augment, table.get("augment", {}), place("augment")),
         export=toml.read(Export, table.get("export", {}), place("export")),
@@ -169,7 +169,7 @@ def parse(table: Mapping[str, Any], *, source: str, folder: Path) -> Recipe:
 
 # Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, NIPS workshop 2014: mostly the teacher's soft
 # targets, a little of the labels; T = 4 and 0.9 : 0.1 are what the reference implementations of the field use.
-_HINTON = [{"name": "kd", "weight": 0.9, "temperature": 4.0}, {"name": "ce", "weight": 0.1}]
+HINTON = [{"name": "kd", "weight": 0.9, "temperature": 4.0}, {"name": "ce", "weight": 0.1}]
 
 
 def _check_parts(recipe: Recipe) -> None:
@@ -195,7 +195,7 @@ def _model(table: Any, where: str, folder: Path) -> ModelSpec:
     hint = tuple[Annotated[float, Gt(0)], ...]
     return ModelSpec(
         name=table["model"],
-        options={key: value for key, value in table.items() if key not in _MODEL_KEYS},
+        options=_placed({key: value for key, value in table.items() if key not in _MODEL_KEYS}, folder, where),
         weights=_resolved(folder, table["weights"], f"{where}.weights") if "weights" in table else None,
         mean=toml.validated(table["mean"], tuple[float, ...], f"{where}.mean") if "mean" in table else None,
         std=toml.validated(table["std"], hint, f"{where}.std") if "std" in table else None,
@@ -214,6 +214,12 @@ def _losses(tables: Any, source: str) -> tuple[LossTerm, ...]:
         weight = toml.validated(part.options.get("weight", 1.0), Annotated[float, Gt(0)], f"{where}.weight")
         terms.append(LossTerm(Part(part.name, {k: v for k, v in part.options.items() if k != "weight"}), weight))
     return tuple(terms)
+
+
+def _placed(options: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """The options with those that name files made absolute."""
+    paths = {key: _resolved(folder, options[key], f"{where}.{key}") for key in _PATHS if key in options}
+    return dict(options) | paths
 
 
 def _resolved(folder: Path, path: Any, where: str) -> str:

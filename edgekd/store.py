@@ -9,6 +9,7 @@ key = hash(step, its version, options, keys of its inputs). Builds are kept here
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -50,7 +51,25 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as problem:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise disk_error(problem, path) from problem
+
+
+def copy(source: Path, path: Path) -> None:
+    """Copy a file whole or not at all, and make its folder.
+
+    Raises:
+        StoreError: the disk is full or read-only.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, partial)
+        partial.replace(path)
+    except OSError as problem:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise disk_error(problem, path) from problem
 
 

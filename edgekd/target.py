@@ -90,6 +90,9 @@ def _parse(table: dict[str, Any], where: str) -> Target:
         title=toml.validated(table["title"], str, f"{where}: title", error=TargetError),
         backend=Part(backend["name"], {key: value for key, value in backend.items() if key != "name"}),
         opset=toml.validated(table["onnx"].get("opset"), int, f"{where}: onnx.opset", error=TargetError),
+        legacy_opset=toml.validated(
+            table["onnx"].get("legacy_opset"), int | None, f"{where}: onnx.legacy_opset", error=TargetError
+        ),
         precisions=_precisions(table["precisions"], f"{where}: precisions"),
         quantization=toml.read(QuantizationRules, table["quantization"], f"{where}: quantization", error=TargetError),
         devices=tuple(_device(item, f"{where}: device[{i}]") for i, item in enumerate(table.get("device", []))),

@@ -174,6 +174,9 @@ class Backend:
     available: Callable[[], str | None]
     compile: Callable[[Path, Precision, Path], Path]
     load: Callable[[Path, int], Session]
+    engine: Callable[[], str] | None = (
+        None  # what an engine built here is for (version, GPU); None: ONNX itself is loaded
+    )
 
 
 # ---------------------------------------------------------------- targets
@@ -222,6 +225,7 @@ class Target:
     title: str
     backend: Part
     opset: int
+    legacy_opset: int | None  # of the files for older versions of the runtime
     precisions: tuple[Precision, ...]
     quantization: QuantizationRules
     devices: tuple[Device, ...]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real data and teachers beside the checkout; a test that asks for it is skipped where it is absent."""
+    """Real data and teachers beside the checkout; a test that asks for them is skipped where they are absent."""
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("real data not present: ../shared/data (see CONTRIBUTING.md)")

@@ -15,16 +15,20 @@ PACKAGE = Path(__file__).resolve().parent.parent / "edgekd"
 # What may import what: a module imports from the rows above its own, and from its own folder.
 LAYERS = [
     {"types", "errors"},
-    {"toml", "units", "store", "plugins"},
+    {"toml", "units", "store"},
+    {"plugins"},
     {"recipe", "target"},
     {"data", "models", "losses", "backends"},
-    {"distill", "export", "quantize", "graph"},
+    {"graph"},
+    {"distill", "export", "quantize"},
     {"bench"},
     {"report", "bundle"},
+    {"deploy"},
+    {"measure"},
     {"pipeline", "doctor", "view", "starter", "progress"},
     {"cli"},
 ]
-TORCH_AT_TOP = {"models", "losses", "distill", "export", "quantize", "pipeline", "graph"}
+TORCH_AT_TOP = {"models", "losses", "distill", "graph", "export", "quantize", "deploy", "pipeline"}
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "manager", "handler", "handlers", "misc"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -81,7 +85,8 @@ def test_files_and_functions_stay_small(path: Path) -> None:
     assert path.stem not in FORBIDDEN_NAMES
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            length = (node.end_lineno or 0) - first.lineno + 1  # a long docstring is no fault
             assert length <= 60, f"{path.name}: {node.name} has {length} lines"
 
 

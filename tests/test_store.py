@@ -161,6 +161,8 @@ def test_a_file_in_the_way_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="a file stands where a folder is needed"):
         make_folder(tmp_path / "file" / "runs")
+    with pytest.raises(StoreError, match="a file stands where a folder is needed"):
+        write_text(tmp_path / "file" / "report.json", "{}")
 
 
 def test_write_text_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
