@@ -14,13 +14,15 @@ import onnx
 import pytest
 import tensorrt_fakes
 import tiny_onnx
+from bundles import host_bundle
 
 from edgekd import plugins
 from edgekd.backends._tensorrt import engine as engines
 from edgekd.backends._tensorrt import record
 from edgekd.backends.onnxruntime import onnxruntime
 from edgekd.backends.tensorrt import available, mistyped, tensorrt
-from edgekd.errors import BackendError
+from edgekd.bundle.load import load
+from edgekd.errors import BackendError, ModelError
 from edgekd.types import Part, Precision
 
 KINDS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
@@ -213,6 +215,23 @@ def test_dynamic_dimensions_beside_the_batch_are_refused(fake: Callable[[str], N
     with pytest.raises(BackendError, match="dynamic dimension beside the batch"):
         tensorrt().compile(tmp_path / "d.onnx", "fp32", tmp_path)
     assert not list(tmp_path.glob("*.engine"))
+
+
+def test_a_bundle_with_an_engine_is_opened_on_tensorrt(fake: Callable[[str], None], tmp_path: Path) -> None:
+    fake("10.3.0")
+    bundle = host_bundle(tmp_path / "host")
+    tensorrt().compile(bundle / "model.int8.onnx", "int8", bundle / "engine")
+    image = tiny_onnx.images(1)[0]
+    with_engine, plain = load(bundle), load(bundle, runtime="onnxruntime")
+    assert with_engine.runtime == "tensorrt 10.3.0"
+    assert plain.runtime.startswith("onnxruntime")
+    assert with_engine(image).label == plain(image).label
+    assert load(bundle, model="model.fp32.onnx").runtime.startswith("onnxruntime")
+    engine = bundle / "engine" / "model.int8.engine"
+    assert load(engine).runtime == load(bundle, model="engine/model.int8.engine").runtime == "tensorrt 10.3.0"
+    Path(record.path_of(str(engine))).write_text("{}")
+    with pytest.raises(ModelError, match="record"):
+        load(bundle)
 
 
 def test_it_does_not_import_torch() -> None:

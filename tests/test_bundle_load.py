@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_onnx
-from test_bundle import host_bundle
+from bundles import host_bundle
 
 from edgekd.bundle.load import load
 from edgekd.errors import BackendError, DataError, ModelError
@@ -123,7 +123,7 @@ def test_a_changed_model_is_not_loaded(tmp_path: Path) -> None:
 
 
 def test_a_graph_that_takes_normalised_floats(tmp_path: Path) -> None:
-    from test_bundle import PREPROCESSING
+    from bundles import PREPROCESSING
 
     from edgekd.bundle import Source
 

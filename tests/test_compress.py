@@ -121,7 +121,7 @@ def test_no_trace_of_this_machine_is_in_what_is_shipped(out: Path, folder: Path)
     import socket
 
     marks = [str(folder), str(Path.home()), str(Path(__file__).parent.parent), socket.gethostname(), sys.prefix]
-    marks += [f"/{getpass.getuser()}/"]
+    marks = [mark for mark in (*marks, f"/{getpass.getuser()}/") if len(mark) > 4]  # a short one is in any file
     for path in [*(out / "bundles").rglob("*"), *(out / "models").rglob("*"), out / "recipe.toml"]:
         if path.is_file():
             content = path.read_bytes()
@@ -132,7 +132,8 @@ def test_int8_of_host_is_whole_and_smaller(out: Path) -> None:
     from edgekd.backends.onnxruntime import fused
 
     found = fused(out / "models" / "host" / "student-int8.onnx")
-    assert found["float"] == {}
+    assert found["float_layers"] == {}
+    assert sum(found["integer"].values()) >= 10
     graph = onnx.load(out / "models" / "host" / "student-int8.onnx").graph
     assert [i.name for i in graph.input] == ["image"]
     assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
@@ -153,7 +154,7 @@ def test_load_opens_the_bundle_the_model_and_the_run_alike(out: Path) -> None:
 
     image = np.zeros((8, 8, 1), dtype=np.uint8)
     answers = [edgekd.load(path)(image) for path in (out, out / "bundles" / "host")]
-    assert answers[0] == answers[1]
+    assert all(str(answer) == str(answers[0]) for answer in answers)
 
 
 def test_a_second_run_builds_nothing_and_gives_the_same_files(
@@ -201,7 +202,7 @@ def test_bench_measures_several_models_in_turns(out: Path, capsys: pytest.Captur
     )
     assert code == 0
     measured = json.loads(told)
-    assert len(measured["latency_ms"]) == 2
+    assert [model["latency_ms"]["n"] >= 50 for model in measured["models"]] == [True, True]
     assert measured["comparisons"][0]["verdict"] in {"faster", "same", "slower", "cannot tell"}
 
 

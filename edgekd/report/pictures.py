@@ -100,7 +100,7 @@ def _merged(report: Report, rows: list[Variant], point: Callable[[Variant], Poin
 
 
 def _kind(report: Report, variant: Variant) -> str:
-    if variant.id == report.teacher:
+    if variant.stage == "teacher":
         return "teacher"
     if variant.id in report.chosen.values():
         return "chosen"

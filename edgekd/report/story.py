@@ -32,6 +32,12 @@ def teacher_of(report: Report) -> Variant:
     return next(variant for variant in report.variants if variant.id == report.teacher)
 
 
+def teacher_on(report: Report, target: str) -> Variant:
+    """The teacher as it would be deployed on `target`, which has a size and may have a latency; else the teacher."""
+    own = (v for v in report.variants if v.stage == "teacher" and v.target == target)
+    return next(own, teacher_of(report))
+
+
 def turned_down(report: Report) -> dict[str, str]:
     """Variant id → why it is not deployed although it may keep the budget."""
     return rejections(report.variants, report.budget, report.comparisons)
@@ -83,7 +89,7 @@ def summary(report: Report, folder: str) -> str:
 
 
 def _headline(report: Report, target: str) -> Headline:
-    teacher = teacher_of(report)
+    teacher = teacher_on(report, target)
     name = report.chosen[target]
     if name is None:
         return _nothing(report, target, teacher)

@@ -146,7 +146,7 @@ def page(report: Report) -> Page:
 
 
 def _place(report: Report, headline: Headline, gaps: _Gaps) -> Place:
-    chosen, teacher = headline.chosen, story.teacher_of(report)
+    chosen, teacher = headline.chosen, story.teacher_on(report, headline.target)
     bounded = chosen or next((v for v in report.variants if v.target == headline.target and v.estimates), None)
     return Place(
         headline=headline,

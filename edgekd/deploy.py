@@ -1,0 +1,231 @@
+"""For one target: weights → ONNX → its precisions → engine, each a checked artifact in the store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+
+from edgekd import export, plugins, quantize
+from edgekd.data.preprocessed import normalise
+from edgekd.models.network import Network
+from edgekd.quantize import lint
+from edgekd.store import Store
+from edgekd.types import Arrays, Artifact, Backend, Dataset, Json, Parity, Part, Precision, Say, Session, Stage, Target
+
+MODEL = "model.onnx"
+PARITY_SAMPLES = 64
+CALIBRATION_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A network and the artifact that holds its weights."""
+
+    network: Network
+    weights: Artifact
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """One file for one target."""
+
+    id: str  # student-int8
+    stage: Stage
+    precision: Precision
+    artifact: Artifact
+    file: Path
+    parity: Parity | None
+    notes: tuple[str, ...]  # what its step has to say: layers left in float, a fallback
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What is made for one target."""
+
+    target: Target
+    backend: Backend
+    graphs: tuple[Graph, ...]  # the teacher's first
+    legacy: Mapping[Precision, Path]  # files for older versions of the runtime
+    unavailable: str | None  # why the target's toolchain cannot run here; None where it can
+
+    @property
+    def typing(self) -> Literal["strong", "any"]:
+        """How a toolchain must read the graphs: TensorRT 10 and 11 take every type as it stands in them."""
+        return "strong" if self.target.quantization.lint == "tensorrt" else "any"
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What the steps work with: where builds go, and the samples they are checked and calibrated on."""
+
+    store: Store
+    data: Dataset
+    preprocessing: bool  # the graph takes images as they are stored
+    precisions: tuple[Precision, ...] | None  # that the recipe asks for; None: what the target allows
+    say: Say
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The calibration split as stored, batch by batch, as often as it is read."""
+
+    data: Dataset
+
+    def __iter__(self) -> Iterator[Arrays]:
+        order = np.arange(len(self.data.calibration))
+        parts = [order[i : i + CALIBRATION_BATCH] for i in range(0, len(order), CALIBRATION_BATCH)]
+        for batch in self.data.calibration.batches(parts):
+            yield batch.inputs
+
+
+def row_id(target: Target, graph: Graph) -> str:
+    """The graph's id in the report, e.g. jetson/student-int8."""
+    return f"{target.name}/{graph.id}"
+
+
+def deploy(shop: Workshop, target: Target, teacher: Source, student: Source) -> Deployment:
+    """Every graph of the teacher and the student for this target.
+
+    Raises:
+        ModelError: a network cannot become ONNX.
+        ParityError: a graph does not compute what the one before it computes.
+        BackendError: the target's toolchain is here and refuses the model.
+    """
+    backend: Backend = plugins.build("backends", target.backend, where=f"targets/{target.name}.toml: backend")
+    unavailable = backend.available()
+    precisions = shop.precisions or target.precisions
+    teacher_fp32 = _exported(shop, target, "teacher", teacher)
+    student_fp32 = _exported(shop, target, "student", student)
+    graphs = [teacher_fp32, student_fp32]
+    legacy: dict[Precision, Path] = {}
+    if "fp16" in precisions:
+        graphs.append(_halved(shop, student_fp32, student, "student-fp16"))
+    if "int8" in precisions:
+        int8 = _quantized(shop, target, student_fp32, student)
+        # TensorRT types its engine as the graph is typed: what int8 leaves in float would run in fp32 otherwise.
+        typed = target.quantization.lint == "tensorrt" and "fp16" in target.precisions
+        graphs.append(_halved(shop, int8, student, int8.id) if typed else int8)
+        if target.legacy_opset is not None:
+            for graph in (student_fp32, int8):
+                legacy[graph.precision] = _lowered(shop, target.legacy_opset, graph, student)
+    if backend.engine and unavailable is None:
+        graphs += [_engine(shop, backend, graph) for graph in graphs[2:]]
+    return Deployment(target, backend, tuple(graphs), legacy, unavailable)
+
+
+def reference(file: Path, threads: int = 0) -> Session:
+    """The graph on ONNX Runtime with its rewrites off: what the graph says, bit by bit, whatever will run it later."""
+    backend: Backend = plugins.build("backends", Part("onnxruntime", {"optimizations": False}))
+    return backend.load(file, threads or os.cpu_count() or 1)
+
+
+def samples(shop: Workshop, network: Network, count: int) -> tuple[Arrays, Arrays]:
+    """The first `count` calibration samples: as stored, and as the network's graph takes them."""
+    order = np.arange(min(count, len(shop.data.calibration)))
+    stored = next(iter(shop.data.calibration.batches([order]))).inputs
+    if shop.preprocessing or network.preprocessing is None:
+        return stored, stored
+    return stored, normalise(stored, network.preprocessing)
+
+
+def _exported(shop: Workshop, target: Target, name: str, source: Source) -> Graph:
+    def build(work: Path) -> Mapping[str, Json]:
+        stored, given = samples(shop, source.network, PARITY_SAMPLES)
+        path = work / MODEL
+        meta = export.export(
+            source.network, stored, opset=target.opset, preprocessing=shop.preprocessing, path=path, say=shop.say
+        )
+        with torch.inference_mode():
+            expected = source.network(*(torch.from_numpy(np.ascontiguousarray(x)) for x in stored.values()))
+        return meta | _checked(path, given, {"logits": expected.numpy()}, "fp32")
+
+    options = {"opset": target.opset, "preprocessing": shop.preprocessing}
+    made = shop.store.step("onnx", export.VERSION, options, [source.weights], build)
+    return _graph(f"{name}-fp32", "teacher" if name == "teacher" else "onnx", "fp32", made)
+
+
+def _halved(shop: Workshop, graph: Graph, source: Source, name: str) -> Graph:
+    def build(work: Path) -> Mapping[str, Json]:
+        meta = export.to_fp16(graph.file, work / MODEL)
+        _, given = samples(shop, source.network, PARITY_SAMPLES)
+        return meta | _checked(work / MODEL, given, _run(graph.file, given), "fp16")
+
+    made = shop.store.step("fp16", export.VERSION, {}, [graph.artifact], build)
+    stage: Stage = "quantized" if graph.precision == "int8" else "onnx"
+    halved = _graph(name, stage, "int8" if graph.precision == "int8" else "fp16", made)
+    return halved if graph.precision != "int8" else replace(halved, parity=graph.parity, notes=graph.notes)
+
+
+def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) -> Graph:
+    def build(work: Path) -> Mapping[str, Json]:
+        path = work / MODEL
+        meta = quantize.quantize(
+            source.network, Calibration(shop.data), target.quantization,
+            opset=target.opset, preprocessing=shop.preprocessing, path=path, say=shop.say,
+        )  # fmt: skip
+        findings = lint.check(path, target.quantization, target.opset)
+        _, given = samples(shop, source.network, PARITY_SAMPLES)
+        return meta | _checked(path, given, _run(before.file, given), "int8") | {"lint": [str(f) for f in findings]}
+
+    options = {
+        "rules": asdict(target.quantization), "opset": target.opset, "preprocessing": shop.preprocessing,
+        "calibration": shop.data.fingerprint,
+    }  # fmt: skip
+    made = shop.store.step("int8", quantize.VERSION, options, [source.weights], build)
+    return _graph(before.id.replace("fp32", "int8"), "quantized", "int8", made)
+
+
+def _lowered(shop: Workshop, opset: int, graph: Graph, source: Source) -> Path:
+    def build(work: Path) -> Mapping[str, Json]:
+        onnx.save(export.to_opset(onnx.load(graph.file), opset), work / MODEL)
+        _, given = samples(shop, source.network, PARITY_SAMPLES)
+        return _checked(work / MODEL, given, _run(graph.file, given), graph.precision)
+
+    return shop.store.step("opset", export.VERSION, {"opset": opset}, [graph.artifact], build).path / MODEL
+
+
+def _engine(shop: Workshop, backend: Backend, graph: Graph) -> Graph:
+    def build(work: Path) -> Mapping[str, Json]:
+        return {"file": backend.compile(graph.file, graph.precision, work).name}
+
+    made = shop.store.step(
+        "engine", 1, {"backend": backend.name, "built_for": backend.engine()}, [graph.artifact], build
+    )
+    found = Graph(f"{graph.id}-engine", "engine", graph.precision, made, made.path / str(made.meta["file"]), None, ())
+    session = backend.load(found.file, 1)
+    session.close()
+    return found
+
+
+def _checked(path: Path, given: Arrays, expected: Arrays, precision: Precision) -> dict[str, Json]:
+    found = export.check_parity(expected, _run(path, given), precision, where=path.name)
+    return {"parity": asdict(found)}
+
+
+def _run(path: Path, given: Arrays) -> Arrays:
+    session = reference(path)
+    try:
+        return session(given)
+    finally:
+        session.close()
+
+
+def _graph(name: str, stage: Stage, precision: Precision, made: Artifact) -> Graph:
+    meta: Any = made.meta
+    notes = []
+    if meta.get("fallback"):
+        notes.append(f"{name} is quantized by ONNX Runtime, because the PyTorch quantizer refused: {meta['fallback']}")
+    if meta.get("static_batch"):
+        notes.append(f"{name} takes one sample at a time: {meta['static_batch']}")
+    if precision == "int8" and meta.get("float"):
+        kept = ", ".join(f"{layer} ({why})" for layer, why in sorted(meta["float"].items()))
+        notes.append(f"{name} keeps in float: {kept}")
+    notes += [f"{name}: {finding}" for finding in meta.get("lint", [])]
+    return Graph(name, stage, precision, made, made.path / MODEL, Parity(**meta["parity"]), tuple(notes))

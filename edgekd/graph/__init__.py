@@ -1,0 +1,1 @@
+"""Exported programs and ONNX graphs, as the steps `export` and `quantize` both need them."""

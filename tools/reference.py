@@ -1,0 +1,257 @@
+"""The reference pages of docs/, made from the code: CLI, recipe keys, parts, targets, report schema.
+
+tools/docs            writes them
+tools/docs --check    fails, naming the page, where one is not what the code says
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import json
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgekd import plugins, recipe, report, target, types
+from edgekd.cli import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = "<!-- Made from the code by tools/docs; edits here are lost. -->\n\n"
+
+
+def main() -> int:
+    """Write or check every page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is not current")
+    check = parser.parse_args().check
+    stale = [name for name, text in pages().items() if _current(name) != text]
+    if not check:
+        for name in stale:
+            (ROOT / "docs" / name).write_text(pages()[name], encoding="utf-8")
+            print(f"docs/{name}: written")
+        return 0
+    for name in stale:
+        print(f"docs/{name} is not current: run tools/docs", file=sys.stderr)
+    return 1 if stale else 0
+
+
+def pages() -> dict[str, str]:
+    """File name in docs/ → its text."""
+    made = {"cli.md": _cli, "recipe.md": _recipe, "parts.md": _parts, "targets.md": _targets, "report.md": _report}
+    return {name: HEAD + "\n".join(make()).rstrip() + "\n" for name, make in made.items()}
+
+
+def _current(name: str) -> str | None:
+    path = ROOT / "docs" / name
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+# ---------------------------------------------------------------- command line
+
+
+def _cli() -> Iterator[str]:
+    yield "# Command line\n"
+    yield _help(cli, "edgekd")
+
+
+def _help(command: click.Command, name: str) -> str:
+    context = click.Context(command, info_name=name, terminal_width=100, max_content_width=100)
+    own = f"## {name}\n\n```text\n{command.get_help(context)}\n```\n"
+    if not isinstance(command, click.Group):
+        return own
+    return own + "".join("\n" + _help(command.commands[sub], f"{name} {sub}") for sub in command.list_commands(context))
+
+
+# ---------------------------------------------------------------- recipe
+
+
+def _recipe() -> Iterator[str]:
+    yield "# Recipe\n"
+    yield textwrap.dedent("""\
+        `edgekd compress` reads `edgekd.toml`, or the recipe it is given. One file, read top to bottom: no inheritance, no
+        expressions; an unknown key is an error that names the nearest one. Relative paths are relative to the recipe's
+        folder. `edgekd init` writes one to start from; the recipe with every default filled in is left in the run folder
+        and reruns the same run.
+
+        | key | type | default | meaning |
+        |---|---|---|---|
+        | `name` | str | | names the run and its folder, `runs/<name>` |
+        | `seed` | int | `0` | of splits, initial weights, order and augmentation |
+
+        ## `[data]`
+
+        `name` is a [data part](parts.md#data); the other keys are its options.
+
+        ## `[teacher]` and `[student]`
+        """)
+    rows = dict(_field_rows(types.ModelSpec))
+    rows.pop("options")
+    rows["model"] = rows.pop("name")
+    yield from _table(rows)
+    yield "\nOther keys are options of the [model part](parts.md#models). A teacher without `weights` is trained first, by"
+    yield "`[teacher.train]`; the student is trained by `[distill]`.\n"
+    yield "## `[teacher.train]` and `[distill]`\n"
+    yield from _table(dict(_field_rows(types.TrainOptions)))
+    yield "\n## `[[loss]]`\n"
+    yield "Each names a [loss](parts.md#losses) with `weight` (default `1.0`) and its options; the student minimises their"
+    yield f"weighted sum. Left out: {_inline(recipe.HINTON)} (Hinton 2015).\n"
+    for title, cls in (
+        ("augment", types.Augment),
+        ("export", recipe.Export),
+        ("quantize", recipe.Quantize),
+        ("budget", types.Budget),
+    ):
+        yield f"## `[{title}]`\n"
+        yield f"{(inspect.getdoc(cls) or '').splitlines()[0]}\n"
+        yield from _table(dict(_field_rows(cls)))
+        yield ""
+
+
+def _inline(tables: object) -> str:
+    return ", ".join(f"`{json.dumps(table)}`" for table in typing.cast("list[object]", tables))
+
+
+def _table(rows: dict[str, tuple[str, str, str]]) -> Iterator[str]:
+    yield "| key | type | default | meaning |\n|---|---|---|---|"
+    for name, (kind, default, meaning) in rows.items():
+        yield f"| `{name}` | {kind} | {default} | {meaning} |"
+
+
+def _field_rows(cls: type) -> Iterator[tuple[str, tuple[str, str, str]]]:
+    """Field → (type, default, the comment behind it in the source)."""
+    assert is_dataclass(cls)
+    source = textwrap.dedent(inspect.getsource(cls))
+    lines = source.splitlines()
+    body = typing.cast("ast.ClassDef", ast.parse(source).body[0]).body
+    nodes = {n.target.id: n for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    for item in fields(cls):
+        node = nodes[item.name]
+        comment = " ".join(
+            match[1] for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            if (match := re.search(r"(?:^|\s)# (.*)$", lines[number - 1]))
+        )  # fmt: skip
+        default = (
+            "" if item.default is MISSING else f"`{_toml(item.default)}`" if item.default is not None else "left out"
+        )
+        yield item.name, (_kind(ast.unparse(node.annotation)), default, comment.replace("fmt: skip", "").strip())
+
+
+def _kind(annotation: str) -> str:
+    text = re.sub(r"Annotated\[([^,]+), (.+?)\](?= |$)", lambda m: f"{m[1]} {_bounds(m[2])}", annotation)
+    return text.replace("|", "\\|")
+
+
+def _bounds(text: str) -> str:
+    for name, sign in (("Ge", "≥"), ("Gt", ">"), ("Le", "≤"), ("Lt", "<")):
+        text = re.sub(rf"{name}\(([^)]*)\)", rf"{sign} \1", text)
+    return text
+
+
+def _toml(value: object) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else json.dumps(value)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _parts() -> Iterator[str]:
+    yield "# Parts\n"
+    yield (inspect.getdoc(plugins) or "") + "\n"
+    for kind in ("data", "models", "losses", "backends"):
+        yield f"## {kind}\n"
+        for name, module in sorted(plugins.names(kind).items()):
+            if not module.startswith("edgekd."):
+                continue
+            function = getattr(importlib.import_module(module), name)
+            yield f"### `{name}`\n"
+            yield f"```python\n{_signature(name, function)}\n```\n"
+            yield (inspect.getdoc(function) or "") + "\n"
+
+
+def _signature(name: str, function: Callable[..., Any]) -> str:
+    parameters = inspect.signature(function)
+    one_line = f"{name}{parameters}"
+    if len(one_line) <= 110:
+        return one_line
+    star = False
+    lines = []
+    for parameter in parameters.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+            lines.append("    *,")
+            star = True
+        lines.append(f"    {parameter},")
+    return "\n".join([f"{name}(", *lines, f") -> {parameters.return_annotation}"])
+
+
+# ---------------------------------------------------------------- targets
+
+
+def _targets() -> Iterator[str]:
+    yield "# Targets\n"
+    yield textwrap.dedent("""\
+        A target is facts, one TOML file: `targets/<name>.toml`. `--target name` takes one of these, one of yours in
+        `./targets/`, or a path to a file. Every number in it has a source; "derived" ones say the formula.
+        """)
+    for name in sorted(file.stem for file in target.folder().glob("*.toml")):
+        found = target.load(name)
+        yield f"## {name}\n\n```text\n{target.as_text([found])}\n```\n"
+        yield "| fact | source |\n|---|---|"
+        for fact, source in found.sources.items():
+            yield f"| {fact} | {_cell(source)} |"
+        for device in found.devices:
+            for fact, source in device.sources.items():
+                yield f"| {device.name}: {fact} | {_cell(source)} |"
+        yield ""
+    yield "## Keys of a target file\n"
+    for title, cls in (
+        ("quantization", types.QuantizationRules),
+        ("[device]", types.Device),
+        ("[device.mode]", types.PowerMode),
+    ):
+        yield f"### `[{title}]`\n"
+        yield from _table(dict(_field_rows(cls)))
+        yield ""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+# ---------------------------------------------------------------- report
+
+
+def _report() -> Iterator[str]:
+    yield "# report.json\n"
+    yield f"Schema version {report.SCHEMA}. A value that was not measured is null, with the reason in `missing`; never zero.\n"
+    shown = (
+        types.Report,
+        types.Variant,
+        types.Interval,
+        types.Latency,
+        types.Parity,
+        types.Comparison,
+        types.Estimate,
+        types.Budget,
+        types.Verdict,
+    )
+    for cls in shown:
+        yield f"## {cls.__name__}\n"
+        yield f"{inspect.getdoc(cls)}\n"
+        yield from _table(dict(_field_rows(cls)))
+        yield ""
+    yield "## JSON Schema\n"
+    yield f"```json\n{json.dumps(report.schema(), indent=1)}\n```"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
