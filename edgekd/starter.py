@@ -54,7 +54,9 @@ model = "{teacher}"         # resnet56, timm.NAME, torchvision.NAME, or "my_pack
 # std = [0.229, 0.224, 0.225]
 [teacher.train]
 epochs = 30
-learning_rate = 0.1
+optimizer = "adamw"         # "sgd" with learning_rate = 0.1 suits ResNets better
+learning_rate = 0.002
+weight_decay = 0.01
 
 [student]
 model = "{student}"
@@ -69,7 +71,9 @@ weight = 0.1
 
 [distill]
 epochs = 30
-learning_rate = 0.1
+optimizer = "adamw"
+learning_rate = 0.002
+weight_decay = 0.01
 
 [augment]
 crop_pixels = 4

@@ -98,7 +98,7 @@ BROKEN = {
         edited(("float[2] b = {0,1}", "float16[2] h = {0,1}"), ("c = Conv(d, wd, b)", "c = Conv(d, wd, h)")),
         "float_types_agree",
     ),
-    "half scale": (edited(("float s = {0.1}", "float16 s = {0.1}")), "float_types_agree"),
+    "half scale": (edited(("float s = {0.1}", "float16 s = {1}")), "float_types_agree"),
 }  # fmt: skip
 
 
@@ -113,11 +113,23 @@ def test_newer_opset_than_the_parser_reads() -> None:
     assert found(RIGHT, opset=19) == []
 
 
-@pytest.mark.parametrize("operator", ["QLinearAdd", "ConvInteger", "DynamicQuantizeLinear", "QLinearMatMul"])
+INTEGER = {
+    "QLinearAdd": "y = com.microsoft.QLinearAdd(x, s, z, x, s, z, s, z)",
+    "MatMulInteger": "i = MatMulInteger(x, x)\n y = Identity(x)",
+    "QLinearMatMul": "y = QLinearMatMul(x, s, z, x, s, z, s, z)",
+    "DynamicQuantizeLinear": "f = Cast<to = 1>(x)\n d, ds, dz = DynamicQuantizeLinear(f)\n y = Identity(x)",
+}
+
+
+@pytest.mark.parametrize("operator", INTEGER)
 def test_integer_operators_are_refused(operator: str) -> None:
-    domain = "com.microsoft." if operator == "QLinearAdd" else ""
     head = '<ir_version: 9, opset_import: ["" : 19, "com.microsoft" : 1]>\n'
-    assert found(f"g (float[4] x) => (float[4] y) {{ y = {domain}{operator}(x) }}", head=head) == ["unsupported_operator"]
+    body = f"g (int8[4,4] x) => (int8[4,4] y) <float s = {{0.1}}, int8 z = {{0}}> {{ {INTEGER[operator]} }}"
+    assert "unsupported_operator" in found(body, head=head)
+
+
+def test_an_invalid_graph_is_a_finding_and_no_crash() -> None:
+    assert found("g (int8[4,4] x) => (int8[4,4] y) { y = QLinearMatMul(x) }") == ["invalid_graph"]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +157,9 @@ def test_a_convolution_in_float_may_be_added_to_anything() -> None:
 
 def test_a_finding_says_where_and_what() -> None:
     text = edited(("int8 z = {0}", "int8 z = {3}"))
-    finding = next(f for f in lint.check_model(onnx.parser.parse_model(HEAD + text), TENSORRT, 19) if f.rule == "zero_point")
+    finding = next(
+        f for f in lint.check_model(onnx.parser.parse_model(HEAD + text), TENSORRT, 19) if f.rule == "zero_point"
+    )
     assert (finding.severity, finding.node) == ("error", "q")
     assert "3, not 0" in str(finding)
 

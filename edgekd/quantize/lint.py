@@ -87,7 +87,10 @@ def check(path: Path, rules: QuantizationRules, opset: int) -> tuple[Finding, ..
 
 def check_model(model: onnx.ModelProto, rules: QuantizationRules, opset: int) -> tuple[Finding, ...]:
     """`check` of a model in memory."""
-    graph = _graph(model, opset)
+    try:
+        graph = _graph(model, opset)
+    except onnx.shape_inference.InferenceError as error:
+        return (Finding("invalid_graph", "", str(error).splitlines()[0], "error"),)
     chosen = TENSORRT if rules.lint == "tensorrt" else ONNXRUNTIME
     return tuple(finding for rule in chosen for finding in rule(graph))
 
