@@ -116,7 +116,7 @@ def deploy(shop: Workshop, target: Target, teacher: Source, student: Source) -> 
             for graph in (student_fp32, int8):
                 legacy[graph.precision] = _lowered(shop, target.legacy_opset, graph, student)
     if backend.engine and unavailable is None:
-        graphs += [_engine(shop, backend, graph) for graph in graphs[2:]]
+        graphs += [_engine(shop, backend, backend.engine(), graph) for graph in graphs]
     return Deployment(target, backend, tuple(graphs), legacy, unavailable)
 
 
@@ -191,17 +191,13 @@ def _lowered(shop: Workshop, opset: int, graph: Graph, source: Source) -> Path:
     return shop.store.step("opset", export.VERSION, {"opset": opset}, [graph.artifact], build).path / MODEL
 
 
-def _engine(shop: Workshop, backend: Backend, graph: Graph) -> Graph:
+def _engine(shop: Workshop, backend: Backend, built_for: str, graph: Graph) -> Graph:
     def build(work: Path) -> Mapping[str, Json]:
         return {"file": backend.compile(graph.file, graph.precision, work).name}
 
-    made = shop.store.step(
-        "engine", 1, {"backend": backend.name, "built_for": backend.engine()}, [graph.artifact], build
-    )
-    found = Graph(f"{graph.id}-engine", "engine", graph.precision, made, made.path / str(made.meta["file"]), None, ())
-    session = backend.load(found.file, 1)
-    session.close()
-    return found
+    made = shop.store.step("engine", 1, {"backend": backend.name, "built_for": built_for}, [graph.artifact], build)
+    stage: Stage = "teacher" if graph.stage == "teacher" else "engine"
+    return Graph(f"{graph.id}-engine", stage, graph.precision, made, made.path / str(made.meta["file"]), None, ())
 
 
 def _checked(path: Path, given: Arrays, expected: Arrays, precision: Precision) -> dict[str, Json]:

@@ -15,7 +15,7 @@ from edgekd.bench import accuracy, compare, conditions, latency, macs, memory, r
 from edgekd.data.preprocessed import PreprocessedSplit
 from edgekd.deploy import Deployment, Graph, Source, Workshop, reference, row_id, samples
 from edgekd.store import sha256_of
-from edgekd.types import Arrays, Comparison, Latency, Say, Session, Split, Stage, Variant
+from edgekd.types import Arrays, Comparison, Estimate, Latency, Say, Session, Split, Stage, Variant
 
 Logits = NDArray[np.float32]
 _NO_ENERGY = "energy is read on boards with power sensors, not on this machine"
@@ -69,7 +69,7 @@ def weights_rows(sources: Mapping[Stage, Source], shop: Workshop) -> tuple[Exami
                 runtime=f"torch {torch.__version__.partition('+')[0]}",
                 parameters=sum(p.numel() for p in source.network.module.parameters()),
                 missing=dict.fromkeys(names, reason),
-            )  # fmt: skip
+            )
         )
     return examiner, rows
 
@@ -97,10 +97,10 @@ def _row(
     examiner: Examiner, made: Deployment, graph: Graph, logits: Logits, runtime: str, measured: Latency | None,
     source: Source, shop: Workshop,
 ) -> Variant:  # fmt: skip
-    target, engine = made.target, graph.stage == "engine"
+    target, engine = made.target, graph.file.suffix != ".onnx"
     missing = {"energy_mj": _NO_ENERGY}
     cost = None if engine else macs.count(graph.file)
-    estimates = ()
+    estimates: tuple[Estimate, ...] = ()
     if cost is not None and cost.macs is not None:
         moved = graph.file.stat().st_size + cost.io_bytes
         estimates, without = roofline.estimates(cost.macs, moved, graph.precision, target.devices)
@@ -125,7 +125,7 @@ def _row(
 
 def _timed(made: Deployment, graph: Graph) -> bool:
     """Whether its time here says anything about the target: only on the target's own runtime."""
-    return made.unavailable is None and (made.backend.engine is None or graph.stage == "engine")
+    return made.unavailable is None and (made.backend.engine is None or graph.file.suffix != ".onnx")
 
 
 def _why_untimed(made: Deployment, graph: Graph) -> str:

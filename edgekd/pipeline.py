@@ -155,7 +155,7 @@ def _bundle(
 ) -> None:  # fmt: skip
     """The bundle of one target: the chosen model first; where none meets the budget, the one that loses least."""
     graphs = {row_id(made.target, graph): graph for graph in made.graphs if graph.stage != "teacher"}
-    deployable = {name: graph for name, graph in graphs.items() if graph.stage != "engine"}
+    deployable = {name: graph for name, graph in graphs.items() if graph.file.suffix == ".onnx"}
     drops = {name: row.drop.value for name, row in rows.items() if name in deployable and row.drop is not None}
     first = chosen if chosen in deployable else min(drops, key=lambda name: (drops[name], name))
     others = [name for name in deployable if name != first and deployable[name].precision in made.target.precisions]
@@ -233,9 +233,9 @@ def _student(run: Run, teacher: Artifact) -> Artifact:
             recipe.distill, recipe.augment, seed=recipe.seed, work=work, say=run.say,
         )  # fmt: skip
 
+    terms = [{"name": t.part.name, "weight": t.weight} | plugins.defaults("losses", t.part) for t in recipe.losses]
     options = _identity(run, recipe.student) | {
-        "losses": [{"name": t.part.name, "weight": t.weight} | plugins.defaults("losses", t.part) for t in recipe.losses],
-        "distill": asdict(recipe.distill), "augment": asdict(recipe.augment), "seed": recipe.seed,
+        "losses": terms, "distill": asdict(recipe.distill), "augment": asdict(recipe.augment), "seed": recipe.seed,
     }  # fmt: skip
     return run.store.step("student", distill.VERSION, options, [teacher], build)
 

@@ -125,7 +125,7 @@ def build(kind: str, part: Part, *given: object, where: str = "") -> Any:
         needed = [p.name for p in positional if p.default is p.empty]
         if len(needed) > len(given):
             raise PartError(
-                f"{part.name} needs {len(needed)} positional arguments ({', '.join(needed)}), edgekd gives {len(given)}",
+                f"{part.name} needs {len(needed)} positional arguments: {', '.join(needed)}; edgekd gives {len(given)}",
                 where=where or kind,
                 fix="make the others keyword-only (after a *), so that the recipe can set them",
             )

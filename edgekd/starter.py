@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgekd import toml
 from edgekd.errors import RecipeError
 from edgekd.recipe import Recipe, parse
 from edgekd.store import write_text
-from edgekd.toml import tomllib
 
 # The built-in recipe: handwritten digits that come with scikit-learn, a ResNet-56 teacher, a ResNet-8 student.
 BUILT_IN = """\
@@ -88,7 +88,7 @@ max_accuracy_drop = 0.01    # fraction of the test samples, against the teacher
 
 def built_in() -> Recipe:
     """The recipe that `compress` runs where there is no edgekd.toml."""
-    return parse(tomllib.loads(BUILT_IN), source="built-in recipe", folder=Path.cwd())
+    return parse(toml.loads(BUILT_IN), source="built-in recipe", folder=Path.cwd())
 
 
 def init(path: Path, *, name: str, data: str, teacher: str, student: str, target: str) -> None:

@@ -20,6 +20,16 @@ else:  # pragma: no cover
 T = TypeVar("T")
 
 
+def loads(text: str) -> dict[str, Any]:
+    """The tables of TOML text.
+
+    Raises:
+        ValueError: it is not TOML.
+    """
+    tables: dict[str, Any] = tomllib.loads(text)
+    return tables
+
+
 def load(path: Path, error: type[EdgekdError] = RecipeError) -> dict[str, Any]:
     """The tables of a TOML file.
 
@@ -27,8 +37,7 @@ def load(path: Path, error: type[EdgekdError] = RecipeError) -> dict[str, Any]:
         error: the file is missing, unreadable, or not TOML (with line and column).
     """
     try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        return tables
+        return loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         siblings = [file.name for file in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise error("no such file", where=str(path), nearest=nearest(path.name, siblings)) from None

@@ -118,6 +118,9 @@ def test_fused_tells_integer_layers_from_float_ones(tmp_path: Path) -> None:
 
 
 def test_the_backend_does_not_import_torch() -> None:
-    code = "import sys; from edgekd.backends.onnxruntime import onnxruntime; onnxruntime().available(); print('torch' in sys.modules)"
+    code = (
+        "import sys; from edgekd.backends.onnxruntime import onnxruntime; onnxruntime().available();"
+        " print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
 import os
 import subprocess
 import sys
@@ -179,7 +178,8 @@ def test_nothing_of_this_machine_is_in_the_file(exported: Path) -> None:
 
 def test_strip_empties_every_field_that_can_tell() -> None:
     model = onnx.parser.parse_model(
-        """<ir_version: 10, opset_import: ["" : 18, "own" : 1], producer_name: "pytorch", producer_version: "2", doc_string: "/home/me">
+        """<ir_version: 10, opset_import: ["" : 18, "own" : 1],
+            producer_name: "pytorch", producer_version: "2", doc_string: "/home/me">
         g (float[N,2] x) => (float[N,2] y) <float[2] "module.secret.weight" = {1,2}>
         { "secret_node" = own.f(x)
           y = Add("secret_node", "module.secret.weight") }
@@ -222,27 +222,29 @@ from edgekd.types import QuantizationRules
 network, given = networks.small(), networks.samples(networks.IMAGE, 16)
 export(network, given, opset=18, preprocessing=True, path=Path("a.onnx"))
 rules = QuantizationRules("uint8", False, "int8", True, True, True)
-quantize(network, [given], rules, opset=19, preprocessing=True, path=Path("b.onnx"), say=lambda event, /, **fields: None)
+silent = lambda event, /, **fields: None
+quantize(network, [given], rules, opset=19, preprocessing=True, path=Path("b.onnx"), say=silent)
 print([hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in ("a.onnx", "b.onnx")])
 """
 
 
 def test_the_same_network_gives_the_same_bytes_in_another_process_and_place(tmp_path: Path) -> None:
-    printed = []
+    running = []
     for number, seed in enumerate(("1", "271")):
         folder = tmp_path / f"place{number}" / ("deeper" * number)
         folder.mkdir(parents=True)
         environment = {**os.environ, "PYTHONHASHSEED": seed, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(TESTS)],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
+        command = [sys.executable, "-c", SCRIPT, str(TESTS)]
+        running.append(
+            subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
         )
-        assert done.returncode == 0, done.stderr
-        printed.append(done.stdout)
+    printed = []
+    for process in running:
+        out, problem = process.communicate(timeout=300)
+        assert process.returncode == 0, problem
+        printed.append(out)
     assert printed[0] == printed[1]
     assert printed[0].count("'") == 4
 
@@ -334,7 +336,8 @@ def test_fp16_keeps_what_onnx_fixes_to_float32(tmp_path: Path) -> None:
 
 def test_fp16_leaves_integers_alone_and_casts_each_value_once(tmp_path: Path) -> None:
     model, _ = halve(
-        """g (int64[N,3] ids, float[N,2] x) => (float[N,2] y) <float[5,2] table = {0,1,2,3,4,5,6,7,8,9}, int64[1] axes = {1}>
+        """g (int64[N,3] ids, float[N,2] x) => (float[N,2] y)
+        <float[5,2] table = {0,1,2,3,4,5,6,7,8,9}, int64[1] axes = {1}>
         { rows = Gather(table, ids)
           sum = ReduceSum<keepdims = 0>(rows, axes)
           twice = Mul(x, x)
@@ -371,9 +374,11 @@ def test_fp16_refuses_pairs_it_cannot_keep(scale: str, kind: str, opset: int, wo
 # ---------------------------------------------------------------- older opsets
 
 NEWER = {
-    "mean": "g (float[N,3,4,4] x) => (float[N,3] y) <int64[2] a = {2,3}> { y = ReduceMean<keepdims = 0, noop_with_empty_axes = 0>(x, a) }",
+    "mean": """g (float[N,3,4,4] x) => (float[N,3] y) <int64[2] a = {2,3}>
+    { y = ReduceMean<keepdims = 0, noop_with_empty_axes = 0>(x, a) }""",
     "pad": "g (float[N,3,4,4] x) => (float[N,5,4,4] y) <int64[2] p = {1,1}, int64[1] a = {1}> { y = Pad(x, p, , a) }",
-    "split": """g (float[N,3,4,4] x) => (float[N,2,4,4] y, float[N,1,4,4] z) { y, z = Split<axis = 1, num_outputs = 2>(x) }""",
+    "split": """g (float[N,3,4,4] x) => (float[N,2,4,4] y, float[N,1,4,4] z)
+    { y, z = Split<axis = 1, num_outputs = 2>(x) }""",
     "gelu": "g (float[N,3,4,4] x) => (float[N,3,4,4] y) { y = Gelu(x) }",
     "cast": "g (float[N,3,4,4] x) => (int32[N,3,4,4] y) { y = Cast<to = 6, saturate = 1>(x) }",
 }  # fmt: skip
@@ -394,7 +399,10 @@ def test_to_opset_17_computes_the_same(name: str, tmp_path: Path) -> None:
     ("body", "words"),
     [
         ("g (float[N,4] x) => (float[N,4] y) { y = Mish(x) }", "no Mish"),
-        ('g (float[N,3,4,4] x, float[N,2,2,2] p) => (float[N,3,2,2] y) { y = GridSample<mode = "linear">(x, p) }', "GridSample"),
+        (
+            'g (float[N,3,4,4] x, float[N,2,2,2] p) => (float[N,3,2,2] y) { y = GridSample<mode = "linear">(x, p) }',
+            "GridSample",
+        ),
         ('g (float[N,4] x) => (float[N,4] y) { y = Gelu<approximate = "tanh">(x) }', "tanh"),
         ("g (float[N,4] x, int64[1] a) => (float y) { y = ReduceMean<keepdims = 0>(x, a) }", "computed"),
     ],
@@ -418,11 +426,11 @@ def test_cast_first_moves_the_cast_in_front_of_rearrangements(tmp_path: Path) ->
     text = """<ir_version: 8, opset_import: ["" : 17]>
     g (uint8[N,2,3,1] image) => (float[N,1,2,3] y, int64[4] s)
     {{ {body} }}"""
-    behind = "t = Transpose<perm = [0,3,1,2]>(image)\n y = Cast<to = 1>(t)\n s = Shape(image)"
-    before = "t = Cast<to = 1>(image)\n y = Transpose<perm = [0,3,1,2]>(t)\n s = Shape(t)"
+    behind = "t = Transpose<perm = [0,3,1,2]>(image)\n c = Cast<to = 1>(t)\n y = Neg(c)\n s = Shape(image)"
+    before = "t = Cast<to = 1>(image)\n c = Transpose<perm = [0,3,1,2]>(t)\n y = Neg(c)\n s = Shape(t)"
     model = onnx.parser.parse_model(text.format(body=behind))
     moved = strip(cast_first(model))
-    assert [node.op_type for node in moved.graph.node][0] == "Cast"
+    assert moved.graph.node[0].op_type == "Cast"
     assert [node for node in moved.graph.node if "image" in node.input] == [moved.graph.node[0]]
     given = {"image": np.arange(12, dtype=np.uint8).reshape(2, 2, 3, 1)}
     for name, array in run(model, given, tmp_path).items():
@@ -431,10 +439,5 @@ def test_cast_first_moves_the_cast_in_front_of_rearrangements(tmp_path: Path) ->
     assert strip(cast_first(right)).SerializeToString() == strip(right).SerializeToString()
 
 
-def test_hash_of_a_known_graph_does_not_move() -> None:
-    """A release that changes these bytes rebuilds every user's engines: then raise VERSION in export.py."""
-    model = onnx.parser.parse_model(
-        '<ir_version: 8, opset_import: ["" : 17]> g (float[N] x) => (float[N] y) { t = Relu(x)\n y = Neg(t) }'
-    )
-    digest = hashlib.sha256(strip(model).SerializeToString(deterministic=True)).hexdigest()
-    assert digest == hashlib.sha256(strip(strip(model)).SerializeToString(deterministic=True)).hexdigest()
+def test_strip_of_a_stripped_graph_changes_nothing(exported: Path) -> None:
+    assert strip(onnx.load(exported)).SerializeToString(deterministic=True) == exported.read_bytes()

@@ -17,7 +17,8 @@ HEAD = '<ir_version: 9, opset_import: ["" : 19]>\n'
 # A residual block as TensorRT wants it: one shared pair for the convolution and the branch, nothing behind the Conv.
 RIGHT = """
 g (uint8[N,8,8,2] image) => (float[N,2,8,8] y)
-<float s = {0.1}, int8 z = {0}, int8[2,2,1,1] w = {1,-2,3,4}, float[2] ws = {0.1,0.2}, int8[2] wz = {0,0}, float[2] b = {0,1}>
+<float s = {0.1}, int8 z = {0}, int8[2,2,1,1] w = {1,-2,3,4},
+ float[2] ws = {0.1,0.2}, int8[2] wz = {0,0}, float[2] b = {0,1}>
 {
   f = Cast<to = 1>(image)
   x = Transpose<perm = [0,3,1,2]>(f)
@@ -60,28 +61,36 @@ BROKEN = {
     ),
     "zero point": (edited(("int8 z = {0}", "int8 z = {3}")), "zero_point"),
     "zero point of another size": (edited(("int8[2] wz = {0,0}", "int8[1] wz = {0}")), "zero_point"),
-    "computed zero point": (edited(("q = Quant", "k = Identity(z)\n q = Quant"), ("(x, s, z)", "(x, s, k)")), "zero_point"),
+    "computed zero point": (
+        edited(("q = Quant", "k = Identity(z)\n q = Quant"), ("(x, s, z)", "(x, s, k)")), "zero_point",
+    ),
     "missing zero point": (edited(("DequantizeLinear(q, s, z)", "DequantizeLinear(q, s)")), "explicit_zero_point"),
     "scale of zero": (edited(("float[2] ws = {0.1,0.2}", "float[2] ws = {0.1,0.0}")), "positive_scale"),
     "negative scale": (edited(("float s = {0.1}", "float s = {-0.1}")), "positive_scale"),
-    "computed scale": (edited(("q = Quant", "k = Identity(s)\n q = Quant"), ("(x, s, z)", "(x, k, z)")), "positive_scale"),
+    "computed scale": (
+        edited(("q = Quant", "k = Identity(s)\n q = Quant"), ("(x, s, z)", "(x, k, z)")), "positive_scale",
+    ),
     "axis left out": (edited(("DequantizeLinear<axis = 0>(w", "DequantizeLinear(w")), "channel_axis"),
     "axis of the inputs": (edited(("<axis = 0>", "<axis = 1>")), "channel_axis"),
     "axis of another length": (edited(("<axis = 0>", "<axis = 2>")), "channel_axis"),
     "activation per channel": (
-        edited(("QuantizeLinear(x, s, z)", "QuantizeLinear<axis = 1>(x, ws, wz)"), ("DequantizeLinear(q, s, z)", "DequantizeLinear<axis = 1>(q, ws, wz)")),
+        edited(("QuantizeLinear(x, s, z)", "QuantizeLinear<axis = 1>(x, ws, wz)"),
+               ("DequantizeLinear(q, s, z)", "DequantizeLinear<axis = 1>(q, ws, wz)")),
         "weights_only_per_channel",
     ),
     "integer bias": (
-        edited(("float[2] b = {0,1}", "int32[2] bq = {0,1}, int32[2] bz = {0,0}"), ("c = Conv", "b = DequantizeLinear<axis = 0>(bq, ws, bz)\n c = Conv")),
+        edited(("float[2] b = {0,1}", "int32[2] bq = {0,1}, int32[2] bz = {0,0}"),
+               ("c = Conv", "b = DequantizeLinear<axis = 0>(bq, ws, bz)\n c = Conv")),
         "quantized_type",
     ),
     "byte rearranged": (
-        edited(("f = Cast<to = 1>(image)", "f = Transpose<perm = [0,3,1,2]>(image)"), ("x = Transpose<perm = [0,3,1,2]>(f)", "x = Cast<to = 1>(f)")),
+        edited(("f = Cast<to = 1>(image)", "f = Transpose<perm = [0,3,1,2]>(image)"),
+               ("x = Transpose<perm = [0,3,1,2]>(f)", "x = Cast<to = 1>(f)")),
         "byte_only_cast",
     ),
     "two pairs": (
-        edited(("c = Conv", "q2 = QuantizeLinear(x, s2, z)\n d2 = DequantizeLinear(q2, s2, z)\n c = Conv"), ("Add(c, d)", "Add(c, d2)"), ("float s =", "float s2 = {0.2}, float s =")),
+        edited(("c = Conv", "q2 = QuantizeLinear(x, s2, z)\n d2 = DequantizeLinear(q2, s2, z)\n c = Conv"),
+               ("Add(c, d)", "Add(c, d2)"), ("float s =", "float s2 = {0.2}, float s =")),
         "shared_pair",
     ),
     "two dequantizers": (
@@ -134,7 +143,10 @@ def test_an_invalid_graph_is_a_finding_and_no_crash() -> None:
 
 @pytest.mark.parametrize(
     ("operator", "axis", "fires"),
-    [("MatMul", 1, False), ("MatMul", 0, True), ("Gemm", 1, False), ("Gemm<transB = 1>", 0, False), ("Gemm<transB = 1>", 1, True)],
+    [
+        ("MatMul", 1, False), ("MatMul", 0, True), ("Gemm", 1, False), ("Gemm<transB = 1>", 0, False),
+        ("Gemm<transB = 1>", 1, True),
+    ],
 )  # fmt: skip
 def test_the_axis_belongs_to_the_operator(operator: str, axis: int, fires: bool) -> None:
     text = f"""g (float[N,2] x) => (float[N,2] y)

@@ -78,10 +78,10 @@ def _help(command: click.Command, name: str) -> str:
 def _recipe() -> Iterator[str]:
     yield "# Recipe\n"
     yield textwrap.dedent("""\
-        `edgekd compress` reads `edgekd.toml`, or the recipe it is given. One file, read top to bottom: no inheritance, no
-        expressions; an unknown key is an error that names the nearest one. Relative paths are relative to the recipe's
-        folder. `edgekd init` writes one to start from; the recipe with every default filled in is left in the run folder
-        and reruns the same run.
+        `edgekd compress` reads `edgekd.toml`, or the recipe it is given. One file, read top to bottom: no inheritance,
+        no expressions; an unknown key is an error that names the nearest one. Relative paths are relative to the
+        recipe's folder. `edgekd init` writes one to start from; the recipe with every default filled in is left in the
+        run folder and reruns the same run.
 
         | key | type | default | meaning |
         |---|---|---|---|
@@ -98,13 +98,13 @@ def _recipe() -> Iterator[str]:
     rows.pop("options")
     rows["model"] = rows.pop("name")
     yield from _table(rows)
-    yield "\nOther keys are options of the [model part](parts.md#models). A teacher without `weights` is trained first, by"
-    yield "`[teacher.train]`; the student is trained by `[distill]`.\n"
+    yield "\nOther keys are options of the [model part](parts.md#models). A teacher without `weights` is trained first,"
+    yield "by `[teacher.train]`; the student is trained by `[distill]`.\n"
     yield "## `[teacher.train]` and `[distill]`\n"
     yield from _table(dict(_field_rows(types.TrainOptions)))
     yield "\n## `[[loss]]`\n"
-    yield "Each names a [loss](parts.md#losses) with `weight` (default `1.0`) and its options; the student minimises their"
-    yield f"weighted sum. Left out: {_inline(recipe.HINTON)} (Hinton 2015).\n"
+    yield "Each names a [loss](parts.md#losses) with `weight` (default `1.0`) and its options; the student minimises"
+    yield f"their weighted sum. Left out: {_inline(recipe.HINTON)} (Hinton 2015).\n"
     for title, cls in (
         ("augment", types.Augment),
         ("export", recipe.Export),
@@ -232,7 +232,7 @@ def _cell(text: str) -> str:
 
 def _report() -> Iterator[str]:
     yield "# report.json\n"
-    yield f"Schema version {report.SCHEMA}. A value that was not measured is null, with the reason in `missing`; never zero.\n"
+    yield f"Schema version {report.SCHEMA}. What was not measured is null, with the reason in `missing`; never zero.\n"
     shown = (
         types.Report,
         types.Variant,

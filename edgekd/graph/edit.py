@@ -86,7 +86,7 @@ def cast_first(model: onnx.ModelProto) -> onnx.ModelProto:
                 break
             value = readers[0].outputs[0]
         alone = len(chain) == len(source.uses()) == 1
-        if not chain or chain[-1].op_type != "Cast" or alone:
+        if not chain or chain[-1].op_type != "Cast" or alone or chain[-1].outputs[0].is_graph_output():
             continue
         cast, moved = chain[-1], chain[:-1]
         lifted = ir.node("Cast", [source], attributes={"to": cast.attributes.get_int("to")})

@@ -39,16 +39,16 @@ def lower(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
             continue
         _refuse_changed(node, version, now)
         if node.op_type in _REDUCTIONS and version < AXES_AS_INPUT:
-            _axes_to_attribute(node)
+            _axes_to_attribute(node, version)
         elif node.op_type == "Split" and version < 18 and "num_outputs" in node.attributes:
-            _split_sizes(node)
+            _split_sizes(node, version)
         elif node.op_type == "Pad" and version < 18:
-            _pad_all_axes(node)
+            _pad_all_axes(node, version)
         elif node.op_type == "Gelu" and version < 20:
-            _gelu_formula(node, graph)
+            _gelu_formula(node, graph, version)
             continue
         elif node.op_type == "Reshape" and version < 14 and node.attributes.get_int("allowzero", 0) != 0:
-            _reshape_without_zero(node)
+            _reshape_without_zero(node, version)
         _drop_defaults(node, version, now)
     typed.opset_imports[""] = version
     result = strip(ir.to_proto(typed))
@@ -97,24 +97,24 @@ def _drop_defaults(node: ir.Node, version: int, now: int) -> None:
         del node.attributes[name]
 
 
-def _axes_to_attribute(node: ir.Node) -> None:
+def _axes_to_attribute(node: ir.Node, version: int) -> None:
     if node.attributes.get_int("noop_with_empty_axes", 0):
-        raise _refusal(f"{node.op_type} with noop_with_empty_axes", AXES_AS_INPUT - 1)
+        raise _refusal(f"{node.op_type} with noop_with_empty_axes", version)
     node.attributes.pop("noop_with_empty_axes", None)
     if len(node.inputs) > 1 and node.inputs[1] is not None:
         axes = ir.convenience.get_const_tensor(node.inputs[1])
         if axes is None:
-            raise _refusal(f"the axes of {node.op_type} are computed", AXES_AS_INPUT - 1)
+            raise _refusal(f"the axes of {node.op_type} are computed", version)
         node.attributes.add(ir.AttrInt64s("axes", [int(a) for a in axes.numpy()]))
     node.resize_inputs(1)
 
 
-def _split_sizes(node: ir.Node) -> None:
+def _split_sizes(node: ir.Node, version: int) -> None:
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
     axis = node.attributes.get_int("axis", 0)
     length = shape[axis] if shape is not None else None
     if not isinstance(length, int):
-        raise _refusal("Split of a dimension whose size is not known", 17)
+        raise _refusal("Split of a dimension whose size is not known", version)
     parts = node.attributes.get_int("num_outputs")
     size = -(-length // parts)
     sizes = [min(size, length - size * i) for i in range(parts)]
@@ -123,7 +123,7 @@ def _split_sizes(node: ir.Node) -> None:
     node.replace_input_with(1, _initializer(node, f"{node.outputs[0].name}_sizes", np.array(sizes, dtype=np.int64)))
 
 
-def _pad_all_axes(node: ir.Node) -> None:
+def _pad_all_axes(node: ir.Node, version: int) -> None:
     if len(node.inputs) < 4 or node.inputs[3] is None:
         node.resize_inputs(min(len(node.inputs), 3))
         return
@@ -132,7 +132,7 @@ def _pad_all_axes(node: ir.Node) -> None:
         ir.convenience.get_const_tensor(v) if v is not None else None for v in (node.inputs[1], node.inputs[3])
     )
     if pads is None or axes is None or data is None or data.shape is None:
-        raise _refusal("Pad of computed axes", 17)
+        raise _refusal("Pad of computed axes", version)
     rank, given = data.shape.rank(), pads.numpy()
     full = np.zeros(2 * rank, dtype=np.int64)
     for i, axis in enumerate(axes.numpy()):
@@ -141,18 +141,18 @@ def _pad_all_axes(node: ir.Node) -> None:
     node.resize_inputs(3)
 
 
-def _reshape_without_zero(node: ir.Node) -> None:
+def _reshape_without_zero(node: ir.Node, version: int) -> None:
     """A zero in the shape copies that dimension in the older form; where there is none the two agree."""
     shape = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
     if shape is None or 0 in shape.numpy():
-        raise _refusal("Reshape to a dimension that may be zero", 13)
+        raise _refusal("Reshape to a dimension that may be zero", version)
     del node.attributes["allowzero"]
 
 
-def _gelu_formula(node: ir.Node, graph: ir.Graph) -> None:
+def _gelu_formula(node: ir.Node, graph: ir.Graph, version: int) -> None:
     """gelu(x) = x · ½ · (1 + erf(x / √2)) (Hendrycks and Gimpel, 2016)."""
     if node.attributes.get_string("approximate", "none") != "none":
-        raise _refusal("Gelu of the tanh form", 19)
+        raise _refusal("Gelu of the tanh form", version)
     x, out = node.inputs[0], node.outputs[0]
     assert x is not None
     numpy = np.float16 if x.dtype == ir.DataType.FLOAT16 else np.float32
