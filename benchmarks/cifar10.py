@@ -47,6 +47,8 @@ weight = 0.1
 epochs = {epochs}
 batch_size = 128
 learning_rate = 0.2
+precision = "bf16"
+teacher_views = 4
 
 [augment]
 crop_pixels = 4
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=HERE.parent.parent / "shared" / "data", help="folder with cifar10/ and teachers/"
     )
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=22)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

@@ -14,6 +14,7 @@ import torch
 
 from edgekd import export, plugins, quantize
 from edgekd.data.preprocessed import normalise
+from edgekd.graph import edit
 from edgekd.models.network import Network
 from edgekd.quantize import lint
 from edgekd.store import Store
@@ -184,7 +185,7 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) ->
 
 def _lowered(shop: Workshop, opset: int, graph: Graph, source: Source) -> Path:
     def build(work: Path) -> Mapping[str, Json]:
-        onnx.save(export.to_opset(onnx.load(graph.file), opset), work / MODEL)
+        edit.save(export.to_opset(onnx.load(graph.file), opset), work / MODEL)
         _, given = samples(shop, source.network, PARITY_SAMPLES)
         return _checked(work / MODEL, given, _run(graph.file, given), graph.precision)
 
@@ -208,7 +209,11 @@ def _checked(path: Path, given: Arrays, expected: Arrays, precision: Precision) 
 def _run(path: Path, given: Arrays) -> Arrays:
     session = reference(path)
     try:
-        return session(given)
+        if all(isinstance(spec.shape[0], str) for spec in session.inputs):
+            return session(given)
+        count = len(next(iter(given.values())))
+        rows = [session({name: array[i : i + 1] for name, array in given.items()}) for i in range(count)]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
     finally:
         session.close()
 

@@ -9,7 +9,7 @@ from edgekd.errors import RecipeError
 from edgekd.recipe import Recipe, parse
 from edgekd.store import write_text
 
-# The built-in recipe: handwritten digits that come with scikit-learn, a ResNet-56 teacher, a ResNet-8 student.
+# The built-in recipe: handwritten digits that come with scikit-learn, a wide ResNet-20 teacher, a ResNet-8 student.
 BUILT_IN = """\
 name = "digits"
 seed = 0
@@ -18,7 +18,8 @@ seed = 0
 name = "digits"
 
 [teacher]
-model = "resnet56"
+model = "resnet20"
+width = 32
 [teacher.train]
 epochs = 30
 precision = "fp32"
@@ -27,8 +28,9 @@ precision = "fp32"
 model = "resnet8"
 
 [distill]
-epochs = 60
+epochs = 80
 precision = "fp32"
+teacher_views = 8
 
 [augment]
 crop_pixels = 1

@@ -96,8 +96,7 @@ def _recipe() -> Iterator[str]:
         """)
     rows = dict(_field_rows(types.ModelSpec))
     rows.pop("options")
-    rows["model"] = rows.pop("name")
-    yield from _table(rows)
+    yield from _table({"model": rows.pop("name")} | rows)
     yield "\nOther keys are options of the [model part](parts.md#models). A teacher without `weights` is trained first,"
     yield "by `[teacher.train]`; the student is trained by `[distill]`.\n"
     yield "## `[teacher.train]` and `[distill]`\n"
@@ -175,22 +174,22 @@ def _parts() -> Iterator[str]:
             function = getattr(importlib.import_module(module), name)
             yield f"### `{name}`\n"
             yield f"```python\n{_signature(name, function)}\n```\n"
-            yield (inspect.getdoc(function) or "") + "\n"
+            yield f"```text\n{inspect.getdoc(function) or ''}\n```\n"
 
 
 def _signature(name: str, function: Callable[..., Any]) -> str:
-    parameters = inspect.signature(function)
-    one_line = f"{name}{parameters}"
+    signature = inspect.signature(function)
+    shown: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in shown:
+            shown.append("*")
+        prefix = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        shown.append(f"{prefix}{parameter.name}: {parameter.annotation}{default}")
+    one_line = f"{name}({', '.join(shown)}) -> {signature.return_annotation}"
     if len(one_line) <= 110:
         return one_line
-    star = False
-    lines = []
-    for parameter in parameters.parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and not star:
-            lines.append("    *,")
-            star = True
-        lines.append(f"    {parameter},")
-    return "\n".join([f"{name}(", *lines, f") -> {parameters.return_annotation}"])
+    return "\n".join([f"{name}(", *(f"    {item}," for item in shown), f") -> {signature.return_annotation}"])
 
 
 # ---------------------------------------------------------------- targets
