@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,9 @@ import onnx
 import torch
 
 from edgekd import export, plugins, quantize
+from edgekd.backends.onnxruntime import fused
 from edgekd.data.preprocessed import normalise
+from edgekd.errors import ModelError, ParityError
 from edgekd.graph import edit
 from edgekd.models.network import Network
 from edgekd.quantize import lint
@@ -55,6 +57,7 @@ class Deployment:
     graphs: tuple[Graph, ...]  # the teacher's first
     legacy: Mapping[Precision, Path]  # files for older versions of the runtime
     unavailable: str | None  # why the target's toolchain cannot run here; None where it can
+    notes: tuple[str, ...]  # what was left out and why, what runs in float, findings of the lint rules
 
     @property
     def typing(self) -> Literal["strong", "any"]:
@@ -94,31 +97,86 @@ def row_id(target: Target, graph: Graph) -> str:
 def deploy(shop: Workshop, target: Target, teacher: Source, student: Source) -> Deployment:
     """Every graph of the teacher and the student for this target.
 
+    A precision that the student cannot take is left out, and `notes` says why; without fp32 there is nothing to deploy.
+
     Raises:
         ModelError: a network cannot become ONNX.
-        ParityError: a graph does not compute what the one before it computes.
+        ParityError: its ONNX does not compute what it computes.
         BackendError: the target's toolchain is here and refuses the model.
     """
     backend: Backend = plugins.build("backends", target.backend, where=f"targets/{target.name}.toml: backend")
     unavailable = backend.available()
-    precisions = shop.precisions or target.precisions
+    for source in (teacher, student):
+        source.network.cpu()
+    notes: list[str] = []
     teacher_fp32 = _exported(shop, target, "teacher", teacher)
     student_fp32 = _exported(shop, target, "student", student)
     graphs = [teacher_fp32, student_fp32]
-    legacy: dict[Precision, Path] = {}
-    if "fp16" in precisions:
-        graphs.append(_halved(shop, student_fp32, student, "student-fp16"))
-    if "int8" in precisions:
-        int8 = _quantized(shop, target, student_fp32, student)
-        # TensorRT types its engine as the graph is typed: what int8 leaves in float would run in fp32 otherwise.
-        typed = target.quantization.lint == "tensorrt" and "fp16" in target.precisions
-        graphs.append(_halved(shop, int8, student, int8.id) if typed else int8)
-        if target.legacy_opset is not None:
-            for graph in (student_fp32, int8):
-                legacy[graph.precision] = _lowered(shop, target.legacy_opset, graph, student)
+    plain_int8: Graph | None = None
+    for precision in _precisions(shop, target, notes):
+        try:
+            if precision == "fp16":
+                graphs.append(_halved(shop, student_fp32, student_fp32, student))
+            if precision == "int8":
+                plain_int8 = _quantized(shop, target, student_fp32, student)
+                graphs.append(_halved(shop, plain_int8, student_fp32, student) if _typed(target) else plain_int8)
+        except (ModelError, ParityError) as problem:
+            notes.append(f"there is no student-{precision}: {problem}")
+    graphs = _sound(target, graphs, notes)
+    legacy = _legacy(shop, target, [student_fp32, plain_int8], student, notes)
     if backend.engine and unavailable is None:
         graphs += [_engine(shop, backend, backend.engine(), graph) for graph in graphs]
-    return Deployment(target, backend, tuple(graphs), legacy, unavailable)
+    notes += [note for graph in graphs for note in graph.notes]
+    return Deployment(target, backend, tuple(graphs), legacy, unavailable, tuple(dict.fromkeys(notes)))
+
+
+def _precisions(shop: Workshop, target: Target, notes: list[str]) -> list[Precision]:
+    asked = shop.precisions if shop.precisions is not None else target.precisions
+    refused = [precision for precision in asked if precision not in target.precisions]
+    if refused:
+        notes.append(f"{', '.join(refused)} is asked for, but this target takes {', '.join(target.precisions)}")
+    return [precision for precision in asked if precision in target.precisions]
+
+
+def _typed(target: Target) -> bool:
+    """TensorRT types its engine as the graph is typed: what int8 leaves in float would run in fp32 otherwise."""
+    return target.quantization.lint == "tensorrt" and "fp16" in target.precisions
+
+
+def _sound(target: Target, graphs: list[Graph], notes: list[str]) -> list[Graph]:
+    """The graphs that the target's runtime takes; what its rules say of the others, and warnings, go to `notes`."""
+    kept = []
+    for graph in graphs:
+        found = lint.check(graph.file, target.quantization, target.opset)
+        notes += [f"{graph.id}: {finding}" for finding in found]
+        refused = any(finding.severity == "error" for finding in found)
+        if refused and graph.stage not in ("teacher", "onnx"):
+            notes.append(f"{graph.id} is left out: {target.backend.name} would refuse it")
+        else:
+            kept.append(graph)
+        if graph.precision == "int8" and target.backend.name == "onnxruntime":
+            floats = fused(graph.file)["float_layers"]
+            if floats:
+                told = ", ".join(f"{count} {name}" for name, count in floats.items())
+                notes.append(f"{graph.id}: ONNX Runtime computes in float: {told}")
+    return kept
+
+
+def _legacy(
+    shop: Workshop, target: Target, graphs: Sequence[Graph | None], student: Source, notes: list[str]
+) -> dict[Precision, Path]:
+    """The graphs in an older opset, for older versions of the runtime, where they can be said in it."""
+    if target.legacy_opset is None:
+        return {}
+    made: dict[Precision, Path] = {}
+    for graph in graphs:
+        if graph is None:
+            continue
+        try:
+            made[graph.precision] = _lowered(shop, target.legacy_opset, graph, student)
+        except (ModelError, ParityError) as problem:
+            notes.append(f"there is no {graph.id} for opset {target.legacy_opset} (older runtimes): {problem}")
+    return made
 
 
 def reference(file: Path, threads: int = 0) -> Session:
@@ -152,16 +210,19 @@ def _exported(shop: Workshop, target: Target, name: str, source: Source) -> Grap
     return _graph(f"{name}-fp32", "teacher" if name == "teacher" else "onnx", "fp32", made)
 
 
-def _halved(shop: Workshop, graph: Graph, source: Source, name: str) -> Graph:
+def _halved(shop: Workshop, graph: Graph, before: Graph, source: Source) -> Graph:
+    """The graph with float16 where it has float32; parity is told against `before`, the float32 graph."""
+
     def build(work: Path) -> Mapping[str, Json]:
         meta = export.to_fp16(graph.file, work / MODEL)
         _, given = samples(shop, source.network, PARITY_SAMPLES)
-        return meta | _checked(work / MODEL, given, _run(graph.file, given), "fp16")
+        _checked(work / MODEL, given, _run(graph.file, given), "fp16")
+        return meta | _parity(_run(before.file, given), _run(work / MODEL, given), graph.id)
 
-    made = shop.store.step("fp16", export.VERSION, {}, [graph.artifact], build)
-    stage: Stage = "quantized" if graph.precision == "int8" else "onnx"
-    halved = _graph(name, stage, "int8" if graph.precision == "int8" else "fp16", made)
-    return halved if graph.precision != "int8" else replace(halved, parity=graph.parity, notes=graph.notes)
+    made = shop.store.step("fp16", export.VERSION, {}, [graph.artifact, before.artifact], build)
+    if graph.precision == "int8":
+        return replace(_graph(graph.id, "quantized", "int8", made), notes=graph.notes)
+    return _graph("student-fp16", "onnx", "fp16", made)
 
 
 def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) -> Graph:
@@ -171,16 +232,16 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) ->
             source.network, Calibration(shop.data), target.quantization,
             opset=target.opset, preprocessing=shop.preprocessing, path=path, say=shop.say,
         )  # fmt: skip
-        findings = lint.check(path, target.quantization, target.opset)
         _, given = samples(shop, source.network, PARITY_SAMPLES)
-        return meta | _checked(path, given, _run(before.file, given), "int8") | {"lint": [str(f) for f in findings]}
+        # Not refused here however large: whether int8 is good enough is what its accuracy on the test split says.
+        return meta | _parity(_run(before.file, given), _run(path, given), "student-int8")
 
     options = {
         "rules": asdict(target.quantization), "opset": target.opset, "preprocessing": shop.preprocessing,
         "calibration": shop.data.fingerprint,
     }  # fmt: skip
     made = shop.store.step("int8", quantize.VERSION, options, [source.weights], build)
-    return _graph(before.id.replace("fp32", "int8"), "quantized", "int8", made)
+    return _graph("student-int8", "quantized", "int8", made)
 
 
 def _lowered(shop: Workshop, opset: int, graph: Graph, source: Source) -> Path:
@@ -206,6 +267,12 @@ def _checked(path: Path, given: Arrays, expected: Arrays, precision: Precision) 
     return {"parity": asdict(found)}
 
 
+def _parity(expected: Arrays, found: Arrays, where: str) -> dict[str, Json]:
+    if not all(np.isfinite(array).all() for array in found.values()):
+        raise ParityError("it gives values that are not finite on real samples", where=where)
+    return {"parity": asdict(export.parity(expected, found))}
+
+
 def _run(path: Path, given: Arrays) -> Arrays:
     session = reference(path)
     try:
@@ -228,5 +295,4 @@ def _graph(name: str, stage: Stage, precision: Precision, made: Artifact) -> Gra
     if precision == "int8" and meta.get("float"):
         kept = ", ".join(f"{layer} ({why})" for layer, why in sorted(meta["float"].items()))
         notes.append(f"{name} keeps in float: {kept}")
-    notes += [f"{name}: {finding}" for finding in meta.get("lint", [])]
     return Graph(name, stage, precision, made, made.path / MODEL, Parity(**meta["parity"]), tuple(notes))

@@ -112,10 +112,7 @@ def compress(
             found, compared, told = measure.target_rows(examiner, made[-1], sources, shop, threads=threads, quick=quick)
         rows += found
         comparisons += compared
-        for graph in made[-1].graphs:
-            for text in graph.notes:
-                run.note(f"{target.name}: {text}")
-        for text in told:
+        for text in (*made[-1].notes, *told):
             run.note(f"{target.name}: {text}")
         if made[-1].unavailable is not None:
             run.note(f"{target.name}: no engine was built here. {made[-1].unavailable}")

@@ -1,0 +1,171 @@
+"""What `compress` makes for targets and data of other kinds: own toolchains, no images, no preprocessing, no int8."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from command_line import call
+
+import edgekd
+
+HEAD = """
+name = "small"
+[data]
+{data}
+[teacher]
+model = "{teacher}"
+{options}
+[teacher.train]
+epochs = 2
+precision = "fp32"
+{optimizer}
+[student]
+model = "{student}"
+{options}
+[distill]
+epochs = 2
+precision = "fp32"
+{optimizer}
+"""
+DIGITS = {
+    "data": 'name = "digits"',
+    "teacher": "resnet8",
+    "student": "resnet8",
+    "options": "width = 4",
+    "optimizer": "",
+}
+
+PARTS = '''
+import shutil
+import torch
+from torch import nn
+from edgekd import plugins
+from edgekd.types import Backend, Part
+
+
+def pretend(*, name: str = "pretend") -> Backend:
+    """A FAKE toolchain for tests: its engine is the ONNX file under another name, run by ONNX Runtime."""
+    runtime = plugins.build("backends", Part("onnxruntime"))
+
+    def compile(model, precision, folder):
+        engine = folder / f"model.{precision}.pretend"
+        shutil.copy(model, engine)
+        return engine
+
+    return Backend("pretend", lambda: None, compile, runtime.load, engine=lambda: "pretend 1, gpu 0")
+
+
+class Two(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.mix = nn.Sequential(nn.Linear(16 + 6, 32), nn.ReLU(), nn.Linear(32, classes))
+
+    def forward(self, tokens, sensors):
+        return self.mix(torch.cat([self.words(tokens).mean(1), sensors], 1))
+
+
+def two(classes):
+    return Two(classes)
+
+
+class Wide(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, classes))
+        self.gain = nn.Parameter(torch.tensor(1e6), requires_grad=False)  # beyond what float16 can hold
+
+    def forward(self, x):
+        return self.net(x) * self.gain / 1e6
+
+
+def wide(classes):
+    return Wide(classes)
+'''
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts_of_test_deploy.py").write_text(PARTS)
+    return tmp_path
+
+
+def _compress(place: Path, recipe: str, *words: str) -> dict[str, Any]:
+    (place / "edgekd.toml").write_text(recipe)
+    assert call("compress", "--quick", "--max-drop", "100%", *words) == 0
+    return dict(json.loads((place / "runs" / "small" / "report.json").read_text()))
+
+
+def test_engines_of_a_toolchain_that_is_here_are_built_measured_and_chosen(place: Path) -> None:
+    facts = (Path(__file__).parent.parent / "targets" / "jetson.toml").read_text().split("[[device]]")[0]
+    line = next(line for line in facts.splitlines() if line.startswith("backend ="))
+    facts = facts.replace(line, 'backend = { name = "parts_of_test_deploy:pretend" }').replace(
+        'name = "jetson"', 'name = "mine"'
+    )
+    (place / "mine.toml").write_text(facts)
+    report = _compress(place, HEAD.format(**DIGITS), "--target", "mine.toml")
+    rows = {row["id"]: row for row in report["variants"]}
+    engines = {name for name in rows if name.endswith("-engine")}
+    assert engines == {
+        f"mine/{name}-engine" for name in ("teacher-fp32", "student-fp32", "student-fp16", "student-int8")
+    }
+    for name in engines:
+        assert rows[name]["latency_ms"]["p50"] > 0
+    assert rows["mine/student-int8"]["latency_ms"] is None
+    assert report["chosen"]["mine"] in engines
+    assert (place / "runs" / "small" / rows[report["chosen"]["mine"]]["path"]).exists()
+    assert (place / "runs" / "small" / "bundles" / "mine" / "edgekd.json").exists()
+
+
+def test_inputs_that_are_no_image_several_and_named(place: Path) -> None:
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 50, (400, 7))
+    sensors = random.normal(size=(400, 6)).astype(np.float32)
+    y = (sensors[:, 0] > 0).astype(np.int64) + (tokens[:, 0] > 40)
+    np.savez(place / "data.npz", x_tokens=tokens, x_sensors=sensors, y=y)
+    recipe = HEAD.format(
+        data='name = "npz"\npath = "data.npz"', teacher="parts_of_test_deploy:two", student="parts_of_test_deploy:two",
+        options="", optimizer='optimizer = "adamw"\nlearning_rate = 0.01',
+    )  # fmt: skip
+    report = _compress(place, recipe, "--target", "host")
+    rows = {row["id"]: row for row in report["variants"]}
+    assert rows["host/student-int8"]["parity"]["cosine"] > 0.9
+    graph = onnx.load(place / "runs" / "small" / rows["host/student-int8"]["path"]).graph
+    assert len(graph.input) == 2
+    model = edgekd.load(place / "runs" / "small" / "bundles" / "host")
+    given = {spec.name: np.zeros([2, *map(int, spec.shape[1:])], spec.dtype) for spec in model.inputs}
+    assert model(given)["logits"].shape == (2, 3)
+
+
+def test_preprocessing_may_stay_outside_the_graph(place: Path) -> None:
+    report = _compress(place, HEAD.format(**DIGITS) + "[export]\npreprocessing = false\n", "--target", "host")
+    rows = {row["id"]: row for row in report["variants"]}
+    assert rows["student"]["accuracy"]["value"] == rows["host/student-fp32"]["accuracy"]["value"]
+    graph = onnx.load(place / "runs" / "small" / rows["host/student-int8"]["path"]).graph
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    answer = edgekd.load(place / "runs" / "small" / "bundles" / "host")(np.zeros((8, 8, 1), np.uint8))
+    assert answer.label in {str(i) for i in range(10)}
+
+
+def test_a_precision_that_the_model_cannot_take_is_left_out_and_told(place: Path) -> None:
+    values = DIGITS | {"student": "parts_of_test_deploy:wide", "teacher": "parts_of_test_deploy:wide", "options": ""}
+    report = _compress(place, HEAD.format(**values), "--target", "jetson")
+    names = {row["id"] for row in report["variants"]}
+    assert "jetson/student-fp32" in names
+    assert "jetson/student-fp16" not in names
+    assert any("there is no student-fp16" in note for note in report["notes"])
+
+
+def test_a_precision_that_the_target_does_not_take_is_told(place: Path) -> None:
+    recipe = HEAD.format(**DIGITS) + '[quantize]\nprecisions = ["fp16", "int8"]\n'
+    report = _compress(place, recipe, "--target", "host")
+    assert {row["id"] for row in report["variants"] if row["target"]} == {
+        "host/teacher-fp32", "host/student-fp32", "host/student-int8",
+    }  # fmt: skip
+    assert any("fp16 is asked for" in note for note in report["notes"])
