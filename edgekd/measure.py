@@ -130,7 +130,7 @@ def _timed(made: Deployment, graph: Graph) -> bool:
 
 def _why_untimed(made: Deployment, graph: Graph) -> str:
     if made.unavailable is not None:
-        return f"no engine was built here: {made.unavailable}; run.py --bench in the bundle measures it on the board"
+        return f"{made.unavailable}; run.py --bench in the bundle measures it on the board"
     return f"{made.backend.name} does not run the ONNX file itself; see its engine"
 
 

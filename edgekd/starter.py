@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from edgekd import toml
@@ -104,6 +105,8 @@ def init(path: Path, *, name: str, data: str, teacher: str, student: str, target
         raise RecipeError(
             "is there already", where=str(path), fix="choose another file with --recipe, or delete it first"
         )
+    if path.parent != Path() and not Path(data).is_absolute():
+        data = os.path.relpath(data, path.parent)  # paths in a recipe are relative to the recipe
     words = {"name": name, "path": data, "teacher": teacher, "student": student, "target": target}
     if any('"' in word or "\\" in word or "\n" in word for word in words.values()):
         raise RecipeError("a quote or backslash cannot stand in a recipe", where=str(path), fix="edit the file instead")

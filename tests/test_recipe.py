@@ -118,5 +118,8 @@ def test_init_writes_a_recipe_that_loads_and_never_overwrites(tmp_path: Path) ->
     with pytest.raises(RecipeError, match="is there already"):
         init(path, **options)
     assert path.read_text() == before
+    (tmp_path / "recipes").mkdir()
+    init(tmp_path / "recipes" / "own.toml", **options | {"data": str(tmp_path / "my images")})
+    assert recipe.load(tmp_path / "recipes" / "own.toml").data.options["path"] == str(tmp_path / "my images")
     with pytest.raises(RecipeError, match="quote"):
         init(tmp_path / "other.toml", **(options | {"data": 'a"b'}))

@@ -51,8 +51,7 @@ def available() -> str | None:
     try:
         import tensorrt as trt
     except ImportError as problem:
-        advice = "on a Jetson, apt installs them for the system python: python3 -m venv --system-site-packages"
-        return f"TensorRT's Python bindings cannot be imported ({problem}); {advice}"
+        return f"TensorRT's Python bindings are not on this machine ({problem})"
     try:
         reason = trtexec.unsupported(_version(trt.__version__))
         if reason is None:

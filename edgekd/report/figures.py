@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 
-from edgekd.types import Comparison, Interval, Latency
+from edgekd.types import Comparison, Interval, Latency, Variant
 
 MINUS, DASH, TIMES = "−", "—", "×"
 _PRECISE_FROM = 5000  # samples from which a hundredth of a percent means something
+
+
+def short_name(variant: Variant) -> str:
+    """Its id without the target, for places that are about one target."""
+    return variant.id.removeprefix(f"{variant.target}/")
 
 
 def percent(fraction: float, n: int = 0) -> str:

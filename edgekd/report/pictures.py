@@ -46,7 +46,7 @@ def _latency(report: Report, target: str) -> Picture:
         if v.accuracy is None or v.latency_ms is None:
             return None
         latency = v.latency_ms
-        return Point(v.id, v.accuracy, latency.p50, latency.low, latency.high, _kind(report, v))
+        return Point(figures.short_name(v), v.accuracy, latency.p50, latency.low, latency.high, _kind(report, v))
 
     return _scatter(
         report,
@@ -64,7 +64,7 @@ def _size(report: Report, target: str) -> Picture:
     def point(v: Variant) -> Point | None:
         if v.accuracy is None or not v.size_bytes:
             return None
-        return Point(v.id, v.accuracy, v.size_bytes, v.size_bytes, v.size_bytes, _kind(report, v))
+        return Point(figures.short_name(v), v.accuracy, v.size_bytes, v.size_bytes, v.size_bytes, _kind(report, v))
 
     return _scatter(
         report, "Accuracy against size", _merged(report, rows, point), report.budget.max_size_bytes, "size",
@@ -111,7 +111,7 @@ def _stages(report: Report, target: str) -> Picture:
     chosen = next((v for v in report.variants if v.id == report.chosen.get(target)), None)
     path = path_to(report, target, chosen)
     end = path[-1] if path else None
-    title = "Where accuracy was lost" + (f", up to {end.id}" if end and end.target else "")
+    title = "Where accuracy was lost" + (f", up to {figures.short_name(end)}" if end and end.target else "")
     if len(path) < 2:
         return Picture(title, None, None, "Fewer than two stages have a measured accuracy.", full_width=True)
     steps = [Step(_label(v), v.accuracy) for v in path if v.accuracy]

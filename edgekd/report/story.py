@@ -99,10 +99,10 @@ def _headline(report: Report, target: str) -> Headline:
     unearned = _unearned(chosen, report)
     if verdict.status == "met":
         because = (*_caveats(chosen), *unearned)
-        return Headline(target, "deploy", chosen, f"Deploy {chosen.id} on {target}:", body, because)
+        return Headline(target, "deploy", chosen, f"Deploy {figures.short_name(chosen)} on {target}:", body, because)
     unknown = tuple(reason for reason in verdict.reasons if "not measured" in reason or "not known" in reason)
     return Headline(
-        target, "try", chosen, f"Try {chosen.id} first on {target}:", body, (
+        target, "try", chosen, f"Try {figures.short_name(chosen)} first on {target}:", body, (
             "Whether it keeps the budget cannot be told yet.", *(unknown or verdict.reasons), *unearned,
         ),
     )  # fmt: skip
@@ -119,7 +119,7 @@ def _nothing(report: Report, target: str, teacher: Variant) -> Headline:
         if not told and variant.accuracy is None:
             told = f"its accuracy was not measured ({variant.missing.get('accuracy', 'no reason was recorded')})"
         if told:
-            because.append(f"{variant.id}: {told}")
+            because.append(f"{figures.short_name(variant)}: {told}")
     what = "No variant is known to keep the budget." if offered else "No variant was made for it."
     return Headline(target, "none", None, f"Deploy nothing on {target} yet.", what, tuple(because))
 
@@ -160,7 +160,8 @@ def _ratio(ratio: float, more: str, less: str, same: str) -> str:
 
 def _unearned(chosen: Variant, report: Report) -> tuple[str, ...]:
     """int8 that is chosen for its size alone, since nothing was timed: it may be slower than float there."""
-    rivals = [v.id for v in report.variants if v.target == chosen.target and v.precision in ("fp16", "fp32")]
+    there = [v for v in report.variants if v.target == chosen.target and v.stage != "teacher"]
+    rivals = [figures.short_name(v) for v in there if v.precision in ("fp16", "fp32")]
     if chosen.precision != "int8" or chosen.latency_ms is not None or not rivals:
         return ()
     return (f"int8 has still to earn its place: time it on the device against {' and '.join(rivals)}",)
