@@ -44,6 +44,7 @@ class Graph:
     precision: Precision
     artifact: Artifact
     file: Path
+    onnx: Path  # the file itself, or the one that an engine was built from
     parity: Parity | None
     notes: tuple[str, ...]  # what its step has to say: layers left in float, a fallback
 
@@ -259,7 +260,8 @@ def _engine(shop: Workshop, backend: Backend, built_for: str, graph: Graph) -> G
 
     made = shop.store.step("engine", 1, {"backend": backend.name, "built_for": built_for}, [graph.artifact], build)
     stage: Stage = "teacher" if graph.stage == "teacher" else "engine"
-    return Graph(f"{graph.id}-engine", stage, graph.precision, made, made.path / str(made.meta["file"]), None, ())
+    file = made.path / str(made.meta["file"])
+    return Graph(f"{graph.id}-engine", stage, graph.precision, made, file, graph.file, None, ())
 
 
 def _checked(path: Path, given: Arrays, expected: Arrays, precision: Precision) -> dict[str, Json]:
@@ -295,4 +297,5 @@ def _graph(name: str, stage: Stage, precision: Precision, made: Artifact) -> Gra
     if precision == "int8" and meta.get("float"):
         kept = ", ".join(f"{layer} ({why})" for layer, why in sorted(meta["float"].items()))
         notes.append(f"{name} keeps in float: {kept}")
-    return Graph(name, stage, precision, made, made.path / MODEL, Parity(**meta["parity"]), tuple(notes))
+    file = made.path / MODEL
+    return Graph(name, stage, precision, made, file, file, Parity(**meta["parity"]), tuple(notes))

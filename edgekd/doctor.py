@@ -47,6 +47,8 @@ def _lines(facts: Json, indent: str = "") -> list[str]:
         return [f"{indent}{facts}"]
     lines = []
     for key, value in facts.items():
+        if isinstance(value, dict) and not value:
+            continue
         if isinstance(value, dict):
             lines += [f"{indent}{key}", *_lines(value, indent + "  ")]
         else:

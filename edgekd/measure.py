@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from edgekd import distill
 from edgekd.bench import accuracy, compare, conditions, latency, macs, memory, roofline
 from edgekd.data.preprocessed import PreprocessedSplit
 from edgekd.deploy import Deployment, Graph, Source, Workshop, reference, row_id, samples
+from edgekd.errors import ModelError
 from edgekd.store import sha256_of
 from edgekd.types import Arrays, Comparison, Estimate, Latency, Say, Session, Split, Stage, Variant
 
@@ -30,8 +32,14 @@ class Examiner:
     teacher: Logits
     say: Say
 
-    def row(self, logits: Logits, *, id: str, **facts: object) -> Variant:
-        """A variant with its accuracy, its drop and its agreement; `facts` are its other fields."""
+    def row(self, logits: Logits | str, *, id: str, missing: Mapping[str, str], **facts: object) -> Variant:
+        """A variant with its accuracy, its drop and its agreement; `facts` are its other fields.
+
+        Where there are no logits the reason stands in their place, and in the row.
+        """
+        if isinstance(logits, str):
+            reasons = dict(missing) | dict.fromkeys(("accuracy", "drop", "agreement"), logits)
+            return replace(_EMPTY, id=id, missing=reasons, **facts)  # type: ignore[arg-type]
         found = accuracy.accuracy(logits, self.truth)
         self.say("measured", id=id, accuracy=found.value)
         known = {
@@ -39,7 +47,7 @@ class Examiner:
             "drop": accuracy.drop(self.teacher, logits, self.truth),
             "agreement": accuracy.agreement(self.teacher, logits),
         }
-        return replace(_EMPTY, id=id, **known, **facts)  # type: ignore[arg-type]
+        return replace(_EMPTY, id=id, missing=missing, **known, **facts)  # type: ignore[arg-type]
 
 
 _EMPTY = Variant(
@@ -55,8 +63,6 @@ def weights_rows(sources: Mapping[Stage, Source], shop: Workshop) -> tuple[Exami
     truth = accuracy.labels(test)
     logits = {stage: distill.evaluate(source.network, test) for stage, source in sources.items()}
     examiner = Examiner(test, truth, logits["teacher"], shop.say)
-    import torch
-
     rows = []
     for stage, source in sources.items():
         reason = "PyTorch is not what is deployed: see the rows of the targets"
@@ -66,7 +72,7 @@ def weights_rows(sources: Mapping[Stage, Source], shop: Workshop) -> tuple[Exami
                 logits[stage],
                 id=stage,
                 stage=stage,
-                runtime=f"torch {torch.__version__.partition('+')[0]}",
+                runtime=f"torch {version('torch').partition('+')[0]}",
                 parameters=sum(p.numel() for p in source.network.module.parameters()),
                 missing=dict.fromkeys(names, reason),
             )
@@ -84,9 +90,11 @@ def target_rows(
     for graph in made.graphs:
         source = sources["teacher" if graph.stage == "teacher" else "student"]
         session = _session(made, graph, threads=os.cpu_count() or 1)
+        runtime = session.runtime
         try:
-            logits = accuracy.predict(session, _split(examiner.test, source, shop))
-            runtime = session.runtime
+            logits: Logits | str = accuracy.predict(session, _split(examiner.test, source, shop))
+        except ModelError as problem:  # it fails on some sample: a row that says so, and no reason to lose the others
+            logits = str(problem)
         finally:
             session.close()
         rows.append(_row(examiner, made, graph, logits, runtime, times.get(row_id(target, graph)), source, shop))
@@ -94,31 +102,34 @@ def target_rows(
 
 
 def _row(
-    examiner: Examiner, made: Deployment, graph: Graph, logits: Logits, runtime: str, measured: Latency | None,
+    examiner: Examiner, made: Deployment, graph: Graph, logits: Logits | str, runtime: str, measured: Latency | None,
     source: Source, shop: Workshop,
 ) -> Variant:  # fmt: skip
-    target, engine = made.target, graph.file.suffix != ".onnx"
+    target, name = made.target, row_id(made.target, graph)
     missing = {"energy_mj": _NO_ENERGY}
-    cost = None if engine else macs.count(graph.file)
+    cost = macs.count(graph.onnx)
     estimates: tuple[Estimate, ...] = ()
-    if cost is not None and cost.macs is not None:
-        moved = graph.file.stat().st_size + cost.io_bytes
+    if cost.macs is not None:
+        moved = graph.onnx.stat().st_size + cost.io_bytes
         estimates, without = roofline.estimates(cost.macs, moved, graph.precision, target.devices)
         if without and not estimates:
             missing["estimates"] = "; ".join(without)
-    if cost is not None and cost.reason:
+        board = [mode for device in target.devices for mode in device.modes]
+        if measured is not None and len(board) == 1:  # else nobody knows which of them this machine is
+            roofline.check(measured, roofline.bound(cost.macs, moved, graph.precision, board[0]), where=name)
+    if cost.reason:
         missing["macs"] = cost.reason
     if measured is None:
         missing["latency_ms"] = _why_untimed(made, graph)
     peak, why = _memory(made, graph, source, shop)
     if why:
         missing["peak_memory_bytes"] = why
-    if engine:
-        missing |= dict.fromkeys(("macs", "parity"), "an engine is judged by its accuracy")
+    if graph.parity is None:
+        missing["parity"] = "an engine is judged by its accuracy"
     return examiner.row(
-        logits, id=row_id(target, graph), stage=graph.stage, target=target.name, precision=graph.precision,
+        logits, id=name, stage=graph.stage, target=target.name, precision=graph.precision,
         runtime=runtime, sha256=sha256_of(graph.file), size_bytes=graph.file.stat().st_size,
-        parameters=cost.parameters if cost else None, macs=cost.macs if cost else None, parity=graph.parity,
+        parameters=cost.parameters, macs=cost.macs, parity=graph.parity,
         latency_ms=measured, peak_memory_bytes=peak, estimates=estimates, missing=missing,
     )  # fmt: skip
 

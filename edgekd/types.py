@@ -119,6 +119,7 @@ class TrainOptions:
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0  # of the cross-entropy on labels
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.99  # per step; 0 turns the moving average of weights off
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where a measurement at start shows a gain
+    threads: Annotated[int, Ge(0)] = 0  # of the CPU; 0: all. Another number gives other last digits
     teacher_views: Annotated[int, Ge(0)] = 0  # of distillation: epochs after which augmented views come again; 0: never
 
 

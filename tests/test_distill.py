@@ -674,3 +674,24 @@ def test_a_model_that_gives_no_logits_is_refused(data: Dataset) -> None:
         evaluate(Network(Two(), data.inputs, preprocessing), data.test)
     with pytest.raises(ModelError, match=r"a tensor of shape \(256, 1, 8, 8\)"):
         evaluate(Network(nn.Identity(), data.inputs, preprocessing), data.test)
+
+
+def test_a_number_of_threads_is_used_while_training_and_put_back(data: Dataset, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    seen: set[int] = set()
+    try:
+        results = []
+        for name, outside in (("one", 1), ("two", 2)):
+            torch.set_num_threads(outside)
+            place = folder(tmp_path, name)
+
+            def say(event: str, /, **fields: Json) -> None:
+                seen.add(torch.get_num_threads())
+
+            train(network(data), data, replace(OPTIONS, threads=1), AUGMENT, seed=0, work=place, say=say)
+            assert torch.get_num_threads() == outside
+            results.append(state(place))
+        assert results[0] == results[1]
+        assert seen == {1}
+    finally:
+        torch.set_num_threads(before)

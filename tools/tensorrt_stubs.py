@@ -1,6 +1,6 @@
 """Type stubs of NVIDIA's real TensorRT bindings, made in a folder of your choice without TensorRT or a GPU.
 
-    python tools/tensorrt_stubs.py 10.3.0 /tmp/stubs        # then: MYPYPATH=/tmp/stubs mypy --strict module.py
+    python tools/tensorrt_stubs.py 10.3.0 stubs        # then: MYPYPATH=stubs mypy --strict module.py
 
 The bindings' wheel on the package index holds one extension module with its signatures in docstrings. It needs three or
 four NVIDIA libraries, of which it takes a dozen C functions; empty libraries with those names let it be imported, and

@@ -63,10 +63,15 @@ def check_finite(job: Job) -> None:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
-    """Where torch has a kernel that always gives the same bits, it is used; other settings come back afterwards."""
+def deterministic(threads: int) -> Iterator[None]:
+    """Where torch has a kernel that always gives the same bits, it is used; other settings come back afterwards.
+
+    Sums are split among threads, so their number is part of what makes the bits; 0 leaves it as it is.
+    """
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads or threads_before)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic  # a module whose settings are properties, unknown to type checkers
     fill = memory.fill_uninitialized_memory
@@ -76,5 +81,6 @@ def deterministic() -> Iterator[None]:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             yield
     finally:
+        torch.set_num_threads(threads_before)
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = fill

@@ -39,7 +39,7 @@ def fit(job: Job) -> dict[str, Json]:
     teacher_modes = {} if job.teacher is None else {m: m.training for m in job.teacher.modules()}
     gpus = [torch.cuda.current_device()] if home.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=gpus), deterministic():
+        with torch.random.fork_rng(devices=gpus), deterministic(job.options.threads):
             training = _Training(job, home)
             training.begin()
             while training.step < training.steps:
