@@ -156,7 +156,7 @@ def _sound(target: Target, graphs: list[Graph], notes: list[str]) -> list[Graph]
         else:
             kept.append(graph)
         if graph.precision == "int8" and target.backend.name == "onnxruntime":
-            floats = fused(graph.file)["float_layers"]
+            floats = fused(graph.file)["float"]
             if floats:
                 told = ", ".join(f"{count} {name}" for name, count in floats.items())
                 notes.append(f"{graph.id}: ONNX Runtime computes in float: {told}")

@@ -37,7 +37,7 @@ def view(path: Path, *, port: int, browse: bool) -> None:
 
     file = model_file(path)
     try:
-        netron.start(str(file), address=("localhost", port) if port else None, browse=browse, verbosity="normal")
+        netron.start(str(file), address=("localhost", port) if port else None, browse=browse)
     except OSError as problem:
         raise RecipeError(
             f"port {port} cannot be used: {problem.strerror}", where="--port", fix="use --port 0"

@@ -132,7 +132,7 @@ def test_int8_of_host_is_whole_and_smaller(out: Path) -> None:
     from edgekd.backends.onnxruntime import fused
 
     found = fused(out / "models" / "host" / "student-int8.onnx")
-    assert found["float_layers"] == {}
+    assert found["float"] == {}
     assert sum(found["integer"].values()) >= 10
     graph = onnx.load(out / "models" / "host" / "student-int8.onnx").graph
     assert [i.name for i in graph.input] == ["image"]
