@@ -6,7 +6,7 @@ import ctypes
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def cuda_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, cuda_folder: Path) -> Callable[[str], None]:
+def fake(monkeypatch: pytest.MonkeyPatch, cuda_folder: Path) -> Iterator[Callable[[str], None]]:
     """Install the fake bindings of a version."""
     library = ctypes.CDLL(str(cuda_folder / "libcudart.so"))
     library.cudaGetErrorString.restype = ctypes.c_char_p
@@ -43,10 +43,14 @@ def fake(monkeypatch: pytest.MonkeyPatch, cuda_folder: Path) -> Callable[[str], 
 
     def install(version: str) -> None:
         monkeypatch.setenv("FAKE_TENSORRT_VERSION", version)
-        monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-        monkeypatch.setitem(sys.modules, "tensorrt", importlib.import_module("tensorrt"))
+        sys.modules.pop("tensorrt", None)
+        importlib.import_module("tensorrt")
 
-    return install
+    real = sys.modules.pop("tensorrt", None)
+    yield install
+    sys.modules.pop("tensorrt", None)  # no fake may be left for the tests of other files
+    if real is not None:
+        sys.modules["tensorrt"] = real
 
 
 def test_found_by_name() -> None:
