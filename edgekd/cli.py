@@ -125,16 +125,14 @@ def compress(
     from edgekd.store import make_folder
 
     read = overridden(_recipe(recipe), seed=seed, max_drop=max_drop, max_latency=max_latency, max_size=max_size)
-    wanted = [target_files.load(name) for name in (targets or ("host",))]
+    found = [target_files.load(name) for name in (targets or ("host",))]
+    wanted = list({target.name: target for target in found}.values())  # one named twice is made once
     folder = make_folder(out or Path("runs") / read.name)
     with Progress(folder / "log.jsonl", verbose=verbose) as say:
         from edgekd.pipeline import compress as run
 
         if recipe is None and read.source == "built-in recipe":
-            say(
-                "note",
-                text="no edgekd.toml here: the built-in recipe runs; `edgekd init` writes one for your own model",
-            )
+            say("note", text="no edgekd.toml here: the built-in recipe runs; `edgekd init` writes one of your own")
         report = run(read, wanted, folder, store=store, threads=threads, quick=quick, say=say)
     return _told(report, folder, as_json)
 

@@ -23,7 +23,7 @@ from edgekd.errors import DataError, ModelError, ParityError
 from edgekd.export import check_parity, export, parity, strip, to_fp16, to_opset
 from edgekd.graph.edit import cast_first
 from edgekd.models.network import Network
-from edgekd.types import TensorSpec
+from edgekd.types import Preprocessing, TensorSpec
 
 TESTS = Path(__file__).parent
 
@@ -441,3 +441,17 @@ def test_cast_first_moves_the_cast_in_front_of_rearrangements(tmp_path: Path) ->
 
 def test_strip_of_a_stripped_graph_changes_nothing(exported: Path) -> None:
     assert strip(onnx.load(exported)).SerializeToString(deterministic=True) == exported.read_bytes()
+
+
+def test_a_pool_to_one_pixel_is_one_node_whatever_the_shape_of_its_input(tmp_path: Path) -> None:
+    """Small maps that are not square were written with tables of indices (timm's MobileNetV2 at 32 × 48)."""
+    for shape in ((1, 2), (2, 3), (5, 5)):
+        module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+        inputs = (TensorSpec("image", "uint8", ("batch", *shape, 3)),)
+        network = Network(module, inputs, Preprocessing(shape, (0.5,) * 3, (0.5,) * 3))
+        samples = {"image": np.random.default_rng(0).integers(0, 255, (4, *shape, 3), dtype=np.uint8)}
+        path = tmp_path / "pool.onnx"
+        export(network, samples, opset=18, preprocessing=True, path=path)
+        operators = [node.op_type for node in onnx.load(path).graph.node]
+        assert operators.count("ReduceMean") + operators.count("GlobalAveragePool") == 1
+        assert not {"Gather", "Range", "Where"} & set(operators)

@@ -52,7 +52,7 @@ def count(path: Path) -> Cost:
     output channels. Gemm and MatMul: output elements × inner dimension. Element-wise work is not counted, as usual.
 
     Raises:
-        ModelError: no ONNX file, or a shape is unknown even with a batch of one.
+        ModelError: no ONNX file.
     """
     import onnx
     import onnx.inliner
@@ -74,7 +74,12 @@ def count(path: Path) -> Cost:
     shapes = _shapes(graph)
     uncounted = sorted({node.op_type for node in graph.node} & _UNCOUNTED)
     reason = f"the operations of {', '.join(uncounted)} are not counted" if uncounted else None
-    macs = None if uncounted else sum(_macs(node, shapes, str(path)) for node in graph.node)
+    macs = None
+    if not uncounted:
+        try:
+            macs = sum(_macs(node, shapes) for node in graph.node)
+        except _UnknownShape as unknown:
+            reason = str(unknown)
     return Cost(macs=macs, parameters=_parameters(graph), io_bytes=_io_bytes(graph), reason=reason)
 
 
@@ -109,22 +114,22 @@ def _fill_quantized(graph: onnx.GraphProto, shapes: dict[str, Shape]) -> None:
             shapes[node.output[0]] = shapes.get(node.input[0])
 
 
-def _macs(node: onnx.NodeProto, shapes: Mapping[str, Shape], where: str) -> int:
+def _macs(node: onnx.NodeProto, shapes: Mapping[str, Shape]) -> int:
     op = node.op_type
     if op in _CONV:
-        weight = _known(node, node.input[_CONV[op][1]], shapes, where)
-        return _product(_known(node, node.output[0], shapes, where)) * _product(weight[1:])
+        weight = _known(node, node.input[_CONV[op][1]], shapes)
+        return _product(_known(node, node.output[0], shapes)) * _product(weight[1:])
     if op == "ConvTranspose":
-        weight = _known(node, node.input[1], shapes, where)
-        return _product(_known(node, node.input[0], shapes, where)) * _product(weight[1:])
+        weight = _known(node, node.input[1], shapes)
+        return _product(_known(node, node.input[0], shapes)) * _product(weight[1:])
     if op in _GEMM:
-        data = _known(node, node.input[_GEMM[op][0]], shapes, where)
-        weight = _known(node, node.input[_GEMM[op][1]], shapes, where)
+        data = _known(node, node.input[_GEMM[op][0]], shapes)
+        weight = _known(node, node.input[_GEMM[op][1]], shapes)
         rows, inner = data[::-1] if _attribute(node, "transA") else data
         return rows * inner * (weight[0] if _attribute(node, "transB") else weight[1])
     if op in _MATMUL:
-        left = _known(node, node.input[_MATMUL[op][0]], shapes, where)
-        right = _known(node, node.input[_MATMUL[op][1]], shapes, where)
+        left = _known(node, node.input[_MATMUL[op][0]], shapes)
+        right = _known(node, node.input[_MATMUL[op][1]], shapes)
         return _matmul(left, right)
     return 0
 
@@ -140,14 +145,14 @@ def _matmul(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     return stack * left[-2] * left[-1] * right[-1]
 
 
-def _known(node: onnx.NodeProto, value: str, shapes: Mapping[str, Shape], where: str) -> tuple[int, ...]:
+class _UnknownShape(Exception):
+    """A layer cannot be counted; the text says which."""
+
+
+def _known(node: onnx.NodeProto, value: str, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
     shape = shapes.get(value)
     if shape is None:
-        raise ModelError(
-            f"the shape of '{value}' at {node.op_type} '{node.name}' is unknown",
-            where=where,
-            fix="export with fixed dimensions but for the batch",
-        )
+        raise _UnknownShape(f"the shape of '{value}' at {node.op_type} '{node.name}' cannot be inferred")
     return shape
 
 

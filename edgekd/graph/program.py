@@ -114,6 +114,7 @@ def capture(network: Network, args: Sequence[Tensor], inputs: Sequence[TensorSpe
         program = Program(exported, pair, tuple(inputs), shapes, None)
     else:
         program = _capture_static(entry, args, inputs, why_static)
+    _plain_pools(program.exported)
     outputs = program.exported.graph_signature.user_outputs
     if len(outputs) != 1 or not isinstance(outputs[0], str):
         raise ModelError(
@@ -123,6 +124,24 @@ def capture(network: Network, args: Sequence[Tensor], inputs: Sequence[TensorSpe
             fix="wrap the model in a module whose forward returns its logits",
         )
     return program
+
+
+def _plain_pools(exported: ExportedProgram) -> None:
+    """An adaptive pool to 1 × 1 becomes the mean that it is.
+
+    The exporter writes its general form, with tables of indices, where height and width are small or differ.
+    """
+    import torch
+
+    graph = exported.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
+            with graph.inserting_before(node):
+                mean = graph.call_function(torch.ops.aten.mean.dim, (node.args[0], [-1, -2], True))
+            mean.meta = dict(node.meta)
+            node.replace_all_uses_with(mean)
+            graph.erase_node(node)
+    exported.graph_module.recompile()
 
 
 def recapture(module: nn.Module, program: Program) -> Program:
