@@ -96,7 +96,10 @@ def test_view_serves_the_model_on_this_machine_only_until_it_is_interrupted(mode
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", "from edgekd.cli import main; main()", "view", str(model), "--no-browse"]
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [*command, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )  # fmt: skip
     try:
         page = b""
         for _ in range(100):
