@@ -173,10 +173,18 @@ def _legacy(
     for graph in graphs:
         if graph is None:
             continue
+        name = f"{graph.id} for opset {target.legacy_opset} (older runtimes)"
         try:
-            made[graph.precision] = _lowered(shop, target.legacy_opset, graph, student)
+            file = _lowered(shop, target.legacy_opset, graph, student)
         except (ModelError, ParityError) as problem:
-            notes.append(f"there is no {graph.id} for opset {target.legacy_opset} (older runtimes): {problem}")
+            notes.append(f"there is no {name}: {problem}")
+            continue
+        found = lint.check(file, target.quantization, target.legacy_opset)
+        notes += [f"{name}: {finding}" for finding in found]
+        if any(finding.severity == "error" for finding in found):
+            notes.append(f"{name} is left out: {target.backend.name} would refuse it")
+        else:
+            made[graph.precision] = file
     return made
 
 
