@@ -12,7 +12,7 @@ import pytest
 from edgekd.bench import roofline
 from edgekd.bench.affinity import pinned
 from edgekd.bench.compare import compare, median_interval, pairs, verdict
-from edgekd.bench.latency import FULL, QUICK, Plan, latency, measure, summarise
+from edgekd.bench.latency import FULL, QUICK, Plan, measure, summarise
 from edgekd.errors import ModelError, TargetError
 from edgekd.types import Arrays, Device, Json, PowerMode, TensorSpec
 
@@ -82,22 +82,14 @@ def test_as_many_runs_and_seconds_as_promised() -> None:
 
 
 def test_quick_latency_tells_what_it_measured_under() -> None:
-    told: list[tuple[str, dict[str, Json]]] = []
     session = Sleeper(0.0005)
-
-    def say(event: str, /, **fields: Json) -> None:
-        told.append((event, fields))
-
-    measured = latency(
-        {"a": session}, SAMPLE, threads=1, quick=True, device="board", say=say, origin="device", power_mode="25W"
-    )
-    found = measured["a"]
+    timing = measure({"a": session}, SAMPLE, threads=1, quick=True, say=silent)
+    found = summarise(timing.series_ns["a"], threads=1, device="board", origin="device", power_mode="25W")
     assert found.p50 == pytest.approx(0.5, rel=0.2)
     assert found.low <= found.p50 <= found.high
     assert found.p50 <= found.p90 <= found.p99
     assert (found.device, found.origin, found.power_mode, found.threads) == ("board", "device", "25W", 1)
     assert found.n >= 50
-    assert told[-1][0] == "latency"
     assert False in session.gc_was_on, "garbage collection stayed on while it was timed"
     assert gc.isenabled()
 

@@ -50,32 +50,6 @@ class Timing:
     notes: tuple[str, ...]  # what was not as it should be
 
 
-def latency(
-    sessions: Mapping[str, Session],
-    sample: Arrays,
-    *,
-    threads: int,
-    quick: bool,
-    device: str,
-    say: Say,
-    origin: Origin = "host",
-    power_mode: str | None = None,
-    seed: int = 0,
-) -> dict[str, Latency]:
-    """Latency of each session on one sample; see `measure` for the protocol and `summarise` for the figures.
-
-    Where variants are to be compared with each other, call `measure` and hand its series to `compare.compare` too.
-    """
-    timing = measure(sessions, sample, threads=threads, quick=quick, say=say, seed=seed)
-    found = {
-        name: summarise(times, threads=threads, device=device, origin=origin, power_mode=power_mode, seed=seed)
-        for name, times in timing.series_ns.items()
-    }
-    for name, figures in found.items():
-        say("latency", id=name, p50=figures.p50, low=figures.low, high=figures.high, n=figures.n)
-    return found
-
-
 def measure(
     sessions: Mapping[str, Session],
     sample: Arrays,
