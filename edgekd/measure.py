@@ -3,49 +3,74 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd import distill
+from edgekd import distillation
 from edgekd.bench import accuracy, compare, conditions, latency, macs, memory, roofline
 from edgekd.data.preprocessed import PreprocessedSplit
 from edgekd.deploy import Deployment, Graph, Source, Workshop, reference, row_id, samples
-from edgekd.errors import ModelError
+from edgekd.errors import DataError, ModelError, PartError
+from edgekd.models.network import Network
+from edgekd.recipe import TaskSpec
 from edgekd.store import sha256_of
-from edgekd.types import Arrays, Comparison, Estimate, Latency, Say, Session, Split, Stage, Variant
+from edgekd.types import (
+    Arrays,
+    Comparison,
+    Dataset,
+    Estimate,
+    Json,
+    Latency,
+    Say,
+    Session,
+    Split,
+    Stage,
+    Task,
+    Variant,
+)
 
-Logits = NDArray[np.float32]
+_DENSE_BATCH = 8  # outputs with a grid are large
 _NO_ENERGY = "energy is read on boards with power sensors, not on this machine"
 
 
 @dataclass(frozen=True, slots=True)
 class Examiner:
-    """The test split with its labels and the teacher's answers, which everything is held against."""
+    """The test split with its labels and how the teacher does on it, which everything is held against."""
 
     test: Split
-    truth: NDArray[np.int64]
-    teacher: Logits
+    truth: np.ndarray
+    task: Task
+    scores: NDArray[np.float64]  # the teacher's
+    decisions: np.ndarray  # the teacher's
     say: Say
 
-    def row(self, logits: Logits | str, *, id: str, missing: Mapping[str, str], **facts: object) -> Variant:
-        """A variant with its accuracy, its drop and its agreement; `facts` are its other fields.
+    def row(self, outputs: np.ndarray | str, *, id: str, missing: Mapping[str, str], **facts: object) -> Variant:
+        """A variant with its metric, its drop, its agreement and other metrics; `facts` are its other fields.
 
-        Where there are no logits the reason stands in their place, and in the row.
+        Where there are no outputs the reason stands in their place, and in the row.
         """
-        if isinstance(logits, str):
-            reasons = dict(missing) | dict.fromkeys(("accuracy", "drop", "agreement"), logits)
+        if isinstance(outputs, str):
+            reasons = dict(missing) | dict.fromkeys(("accuracy", "drop", "agreement"), outputs)
             return replace(_EMPTY, id=id, missing=reasons, **facts)  # type: ignore[arg-type]
-        found = accuracy.accuracy(logits, self.truth)
-        self.say("measured", id=id, accuracy=found.value)
+        scores = _scores(self.task, outputs, self.truth)
+        found = accuracy.mean(scores)
+        self.say("measured", id=id, metric=self.task.metric, accuracy=found.value)
+        agreement = None
+        if self.task.values:
+            missing = {**missing, "agreement": "values are near each other or not, but never the same: see the drop"}
+        else:
+            agreement = accuracy.agreement(self.decisions, self.task.decisions(outputs))
         known = {
             "accuracy": found,
-            "drop": accuracy.drop(self.teacher, logits, self.truth),
-            "agreement": accuracy.agreement(self.teacher, logits),
+            "drop": accuracy.drop(self.scores, scores),
+            "agreement": agreement,
+            "metrics": self.task.metrics(outputs, self.truth),
         }
         return replace(_EMPTY, id=id, missing=missing, **known, **facts)  # type: ignore[arg-type]
 
@@ -57,19 +82,25 @@ _EMPTY = Variant(
 )  # fmt: skip
 
 
-def weights_rows(sources: Mapping[Stage, Source], shop: Workshop) -> tuple[Examiner, list[Variant]]:
-    """The teacher and the student as they are in PyTorch, and the examiner that holds others against the teacher."""
+def weights_rows(sources: Mapping[Stage, Source], shop: Workshop, task: Task) -> tuple[Examiner, list[Variant]]:
+    """The teacher and the student as they are in PyTorch, and the examiner that holds others against the teacher.
+
+    Raises:
+        DataError: no test sample has anything to judge.
+        PartError: the task's scores are not one number a sample.
+    """
     test = shop.data.test
     truth = accuracy.labels(test)
-    logits = {stage: distill.evaluate(source.network, test) for stage, source in sources.items()}
-    examiner = Examiner(test, truth, logits["teacher"], shop.say)
+    outputs = {stage: _outputs(source.network, test, task) for stage, source in sources.items()}
+    teacher = outputs["teacher"]
+    examiner = Examiner(test, truth, task, _scores(task, teacher, truth), task.decisions(teacher), shop.say)
     rows = []
     for stage, source in sources.items():
         reason = "PyTorch is not what is deployed: see the rows of the targets"
         names = ("latency_ms", "size_bytes", "macs", "peak_memory_bytes", "energy_mj", "parity")
         rows.append(
             examiner.row(
-                logits[stage],
+                outputs[stage],
                 id=stage,
                 stage=stage,
                 runtime=f"torch {version('torch').partition('+')[0]}",
@@ -80,10 +111,49 @@ def weights_rows(sources: Mapping[Stage, Source], shop: Workshop) -> tuple[Exami
     return examiner, rows
 
 
+class Taught(Protocol):
+    """A task with its data, as a recipe names it."""
+
+    @property
+    def data(self) -> Dataset: ...
+
+    @property
+    def task(self) -> Task: ...
+
+    @property
+    def spec(self) -> TaskSpec: ...
+
+
+def task_figures(subject: Taught, teachers: Sequence[Source], student: Network) -> dict[str, Json]:
+    """How a student and its teachers do on the test split of one task; drop and agreement are against the first one.
+
+    Args:
+        subject: the task; its head is the student's output for it, None where it has but one.
+        teachers: with one output each.
+        student: a network in PyTorch.
+    """
+    test, task, head = subject.data.test, subject.task, subject.spec.head
+    truth = accuracy.labels(test)
+    outputs = [_outputs(source.network, test, task) for source in teachers]
+    outputs.append(_outputs(student, test, task, head))
+    scores = [_scores(task, each, truth) for each in outputs]
+    figures: list[dict[str, Json]] = [
+        {"accuracy": asdict(accuracy.mean(score)), "metrics": dict(task.metrics(each, truth))}
+        for score, each in zip(scores, outputs, strict=True)
+    ]
+    last = figures[-1] | {"drop": asdict(accuracy.drop(scores[0], scores[-1]))}
+    if not task.values:
+        last["agreement"] = accuracy.agreement(task.decisions(outputs[0]), task.decisions(outputs[-1]))
+    return {
+        "task": task.name, "head": head, "data": subject.data.name, "metric": task.metric,
+        "teachers": [*figures[:-1]], "student": last,
+    }  # fmt: skip
+
+
 def target_rows(
     examiner: Examiner, made: Deployment, sources: Mapping[Stage, Source], shop: Workshop, *, threads: int, quick: bool
 ) -> tuple[list[Variant], tuple[Comparison, ...], tuple[str, ...]]:
-    """Every graph of one target: accuracy on the whole test split, latency in interleaved rounds, memory, estimates."""
+    """Every graph of one target: its metric on the whole test split, latency in interleaved rounds, memory, bounds."""
     target = made.target
     times, comparisons, notes = _latencies(made, sources, shop, threads=threads, quick=quick)
     rows = []
@@ -92,18 +162,18 @@ def target_rows(
         session = _session(made, graph, threads=os.cpu_count() or 1)
         runtime = session.runtime
         try:
-            logits: Logits | str = accuracy.predict(session, _split(examiner.test, source, shop))
+            outputs: np.ndarray | str = _predicted(session, _split(examiner.test, source, shop), examiner.task)
         except ModelError as problem:  # it fails on some sample: a row that says so, and no reason to lose the others
-            logits = str(problem)
+            outputs = str(problem)
         finally:
             session.close()
-        rows.append(_row(examiner, made, graph, logits, runtime, times.get(row_id(target, graph)), source, shop))
+        rows.append(_row(examiner, made, graph, outputs, runtime, times.get(row_id(target, graph)), source, shop))
     return rows, comparisons, notes
 
 
 def _row(
-    examiner: Examiner, made: Deployment, graph: Graph, logits: Logits | str, runtime: str, measured: Latency | None,
-    source: Source, shop: Workshop,
+    examiner: Examiner, made: Deployment, graph: Graph, outputs: np.ndarray | str, runtime: str,
+    measured: Latency | None, source: Source, shop: Workshop,
 ) -> Variant:  # fmt: skip
     target, name = made.target, row_id(made.target, graph)
     missing = {"energy_mj": _NO_ENERGY}
@@ -125,13 +195,39 @@ def _row(
     if why:
         missing["peak_memory_bytes"] = why
     if graph.parity is None:
-        missing["parity"] = "an engine is judged by its accuracy"
+        missing["parity"] = f"an engine is judged by its {examiner.task.metric}"
     return examiner.row(
-        logits, id=name, stage=graph.stage, target=target.name, precision=graph.precision,
+        outputs, id=name, stage=graph.stage, target=target.name, precision=graph.precision,
         runtime=runtime, sha256=sha256_of(graph.file), size_bytes=graph.file.stat().st_size,
         parameters=cost.parameters, macs=cost.macs, parity=graph.parity,
         latency_ms=measured, peak_memory_bytes=peak, estimates=estimates, missing=missing,
     )  # fmt: skip
+
+
+def _outputs(network: Network, test: Split, task: Task, head: str | None = None) -> np.ndarray:
+    """What PyTorch gives for every sample: outputs, or decisions where the task is dense."""
+    if not task.dense:
+        return distillation.evaluate(network, test, head=head)
+    return distillation.evaluate(network, test, head=head, keep=task.decisions, batch_size=_DENSE_BATCH)
+
+
+def _predicted(session: Session, test: Split, task: Task) -> np.ndarray:
+    if not task.dense:
+        return accuracy.predict(session, test)
+    return accuracy.predict(session, test, _DENSE_BATCH, dense=True, keep=task.decisions)
+
+
+def _scores(task: Task, outputs: np.ndarray, truth: np.ndarray) -> NDArray[np.float64]:
+    scores = np.asarray(task.scores(outputs, truth), np.float64)
+    if scores.ndim != 1 or len(scores) > len(truth) or not np.isfinite(scores).all():
+        raise PartError(
+            f"its scores of {len(truth)} samples have the shape {scores.shape}, or are not finite",
+            where=f"task {task.name}",
+            expected="one finite number a sample",
+        )
+    if not len(scores):
+        raise DataError("no test sample has anything to judge", where=f"task {task.name}")
+    return scores
 
 
 def _timed(made: Deployment, graph: Graph) -> bool:

@@ -12,10 +12,11 @@ from typing import Any
 
 import tiny_onnx
 
+from edgekd import plugins
 from edgekd import target as targets
 from edgekd.bundle import Source, write
 from edgekd.store import sha256_of
-from edgekd.types import Preprocessing, Verdict
+from edgekd.types import Part, Preprocessing, Task, Verdict
 
 PREPROCESSING = Preprocessing((8, 8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -38,6 +39,15 @@ def host_bundle(folder: Path, **more: Any) -> Path:
         "verdict": Verdict("met", ("accuracy drop 0.2 % of 1 % allowed",)),
     }
     return write(folder, **(given | more))
+
+
+def task_bundle(folder: Path, name: str) -> Path:
+    """A bundle for the host whose model is one of that task."""
+    work = folder.parent / "models"
+    work.mkdir(exist_ok=True)
+    task: Task = plugins.build("tasks", Part(name))
+    make = tiny_onnx.segmenter if task.dense else tiny_onnx.classifier
+    return host_bundle(folder, models=[Source(make(work / f"{name}.onnx"), "fp32")], task=task)
 
 
 def run(bundle: Path, *arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from edgekd.bench.accuracy import accuracy, agreement, drop, labels, paired_difference, predict, wilson
+from edgekd.bench.accuracy import agreement, drop, labels, mean, paired_difference, predict, wilson
 from edgekd.errors import ModelError
 from edgekd.types import Arrays, Batch, TensorSpec
 
@@ -93,17 +93,47 @@ def test_pairing_narrows_the_interval() -> None:
     assert agreeing.high - agreeing.low < (independent.high - independent.low) / 2
 
 
-def test_drop_and_agreement_by_hand() -> None:
-    truth = np.array([0, 1, 2, 0])
-    teacher = np.eye(3, dtype=np.float32)[[0, 1, 2, 1]]  # 3 of 4
-    student = np.eye(3, dtype=np.float32)[[0, 2, 2, 2]]  # 2 of 4, agrees on two
-    assert accuracy(teacher, truth).value == 0.75
-    assert drop(teacher, student, truth).value == 0.25
-    assert drop(student, teacher, truth).value == -0.25
-    assert drop(teacher, teacher, truth).value == 0
-    assert agreement(teacher, student) == 0.5
-    with pytest.raises(ValueError, match="4 predictions for 3 labels"):
-        accuracy(teacher, truth[:3])
+def test_right_or_wrong_is_a_proportion() -> None:
+    teacher, student = np.array([1.0, 1, 1, 0]), np.array([1.0, 0, 1, 0])
+    assert mean(teacher) == wilson(3, 4)
+    assert drop(teacher, student) == paired_difference(2, 1, 0, 1)
+    assert drop(student, teacher).value == -0.25
+    assert drop(teacher, teacher).value == 0
+    assert drop(teacher, teacher).low < 0 < drop(teacher, teacher).high
+    assert agreement(np.array([0, 1, 2, 1]), np.array([0, 2, 2, 2])) == 0.5
+    with pytest.raises(ValueError, match="4 scores against 3"):
+        drop(teacher, student[:3])
+    with pytest.raises(ValueError, match="0 of 0"):
+        mean(teacher[:0])
+    with pytest.raises(ValueError, match="0 of 0"):
+        drop(teacher[:0], student[:0])
+
+
+def test_other_scores_have_a_normal_interval() -> None:
+    # 0.5, 0.7, 0.9: mean 0.7, s = 0.2, z · s / √3 = 0.2263
+    found = mean(np.array([0.5, 0.7, 0.9]))
+    assert found.n == 3
+    assert [found.value, found.low, found.high] == pytest.approx([0.7, 0.4737, 0.9263], abs=1e-4)
+    assert mean(np.array([0.1, 0.9])).low == 0
+    assert mean(np.array([-3.0, 1.0])).low < -1
+    assert mean(np.array([0.9, 1.0, 1.0])).high == 1
+    # paired: the differences are 0.1, 0.2, 0.3, whatever the samples' own spread
+    lost = drop(np.array([0.2, 0.6, 1.0]), np.array([0.1, 0.4, 0.7]))
+    assert [lost.value, lost.low, lost.high] == pytest.approx([0.2, 0.0868, 0.3132], abs=1e-4)
+
+
+def test_the_normal_interval_covers_the_mean_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    covered = [(found := mean(random.beta(6, 2, 60))).low <= 0.75 <= found.high for _ in range(2000)]
+    assert 0.93 <= np.mean(covered) <= 0.96
+
+
+def test_one_sample_tells_little() -> None:
+    found = mean(np.array([0.8]))
+    assert found.value == pytest.approx(0.8)
+    assert found.high - found.low > 0.7
+    lost = drop(np.array([0.8]), np.array([0.7]))
+    assert [lost.value, lost.low, lost.high] == pytest.approx([0.1, -1, 1])
 
 
 @pytest.mark.parametrize(("batch", "sizes"), [("batch", {4, 2}), (4, {4}), (1, {1})])
@@ -112,7 +142,7 @@ def test_predict_streams_in_order_and_fills_a_fixed_batch(batch: int | str, size
     logits = predict(session, split, batch_size=4)
     assert logits.shape == (10, 3)
     assert (logits.argmax(1) == np.arange(10) % 3).all()
-    assert accuracy(logits, labels(split, 3)).value == 1.0
+    assert (labels(split, 3) == np.arange(10) % 3).all()
     assert session.sizes == sizes
 
 
@@ -152,3 +182,27 @@ def test_predict_refuses_a_wrong_shape() -> None:
 
     with pytest.raises(ModelError, match=r"expected \(3, classes\)"):
         predict(Flat(), Numbers(3))
+    with pytest.raises(ModelError, match=r"shape \(3, 3\); expected \(3, classes, grid\)"):
+        predict(Modulo(), Numbers(3), dense=True)
+
+
+def test_predict_keeps_what_it_is_told_to() -> None:
+    class Maps(Modulo):
+        def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+            return {"logits": np.stack([super().__call__(inputs)["logits"]] * 4, axis=2)}
+
+    with pytest.raises(ModelError, match=r"shape \(3, 3, 4\)"):
+        predict(Maps(), Numbers(3))
+    found = predict(Maps(), Numbers(7), 3, dense=True, keep=lambda logits: logits.argmax(1).astype(np.uint8))
+    assert (found.shape, found.dtype) == ((7, 4), np.dtype(np.uint8))
+    assert (found[:, 0] == np.arange(7) % 3).all()
+
+
+def test_labels_in_memory_are_not_read_from_batches() -> None:
+    class Known(Numbers):
+        labels = np.ones((10, 2), np.float32)
+
+        def batches(self, order: Sequence[np.ndarray]) -> Iterator[Batch]:
+            raise AssertionError(order)
+
+    assert labels(Known(10)) is Known.labels

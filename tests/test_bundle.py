@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import tiny_onnx
-from bundles import PREPROCESSING, host_bundle, relist, rewrite, run
+from bundles import PREPROCESSING, host_bundle, relist, rewrite, run, task_bundle
 
 from edgekd.bundle import Source, golden, verify
 from edgekd.bundle import manifest as manifests
@@ -126,6 +126,31 @@ def test_models_that_cannot_be_bundled(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="another file"):
         host_bundle(tmp_path / "host", models=[Source(tmp_path / "big.onnx", "fp32")])
     assert not (tmp_path / "host").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "says"),
+    [
+        ("multilabel", "flags", ("one logit for each of 4 labels", "its sigmoid is", "Confidence is a sigmoid")),
+        ("regression", "values", ("The output is 4 values",)),
+        ("segmentation", "maps", ("one logit for each of 4 classes (`labels.txt`, in order) at each point",)),
+    ],
+)
+def test_a_bundle_of_another_task(name: str, labels: str, says: tuple[str, ...], tmp_path: Path) -> None:
+    folder = task_bundle(tmp_path / "host", name)
+    assert verify(folder).sound
+    assert manifests.read(folder).task == manifests.Task(name, labels)  # type: ignore[arg-type]
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    for words in says:
+        assert words in text
+    assert "softmax" not in text
+    assert "app/" not in text
+    assert not (folder / "app").exists(), "the sample apps classify"
+
+
+def test_a_manifest_that_names_no_task_is_of_a_classifier(bundle: Path) -> None:
+    rewrite(bundle, lambda table: table.pop("task"))
+    assert manifests.read(bundle).task == manifests.Task("classification", "classes")
 
 
 def test_a_model_that_is_no_image_classifier(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_onnx
-from bundles import host_bundle
+from bundles import host_bundle, task_bundle
 
 from edgekd.bundle.load import load
 from edgekd.errors import BackendError, DataError, ModelError
@@ -52,6 +52,22 @@ def test_many_images_give_many_predictions(host: Path) -> None:
     together, apart = model(images), [model(image) for image in images]
     assert [item.label for item in together] == [item.label for item in apart]
     assert [item.label for item in model(list(images))] == [item.label for item in apart]
+
+
+def test_a_model_answers_as_its_task_says(tmp_path: Path) -> None:
+    image = tiny_onnx.images(1)[0]
+    output = load(tiny_onnx.classifier(tmp_path / "m.onnx"))({"image": image[None]})["logits"][0].astype(np.float64)
+    flags = load(task_bundle(tmp_path / "flags", "multilabel"))(image)
+    np.testing.assert_allclose(flags.probabilities, 1 / (1 + np.exp(-output)))
+    assert [label for label, _ in flags.set(0.0)] == [tiny_onnx.LABELS[i] for i in np.argsort(-output)]
+    assert {label for label, _ in flags.set()} == {tiny_onnx.LABELS[i] for i in np.flatnonzero(output >= 0)}
+    values = load(task_bundle(tmp_path / "values", "regression"))([image, image])[1]
+    assert values.by_name() == dict(zip(tiny_onnx.LABELS, output, strict=True))
+    found = load(task_bundle(tmp_path / "maps", "segmentation"))(image)
+    assert (found.classes == np.where(image.max(2) >= 200, image.argmax(2), 3)).all()
+    assert found.classes.dtype == np.uint8
+    assert found.shares()[0] == ("grey", pytest.approx(float((found.classes == 3).mean())))
+    assert sum(share for _, share in found.shares()) == pytest.approx(1)
 
 
 def test_named_arrays_give_named_arrays(host: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_onnx
-from bundles import host_bundle, relist, run
+from bundles import host_bundle, relist, rewrite, run, task_bundle
 
 from edgekd import target as targets
 from edgekd.bundle import golden, verify
@@ -84,6 +84,41 @@ def test_predictions(bundle: Path, tmp_path: Path) -> None:
         check=True,
     )
     assert f"{best} (" in app.stdout
+
+
+def test_predictions_of_other_tasks(tmp_path: Path) -> None:
+    image = tiny_onnx.images(1)[0]
+    np.save(tmp_path / "i.npy", image)
+    given, saved = str(tmp_path / "i.npy"), str(tmp_path / "o.npy")
+    output = golden.compute(tiny_onnx.classifier(tmp_path / "m.onnx"), {"image": image[None]})["logits"][0]
+    likely = 1 / (1 + np.exp(-output.astype(np.float64)))
+
+    flags = task_bundle(tmp_path / "flags", "multilabel")
+    wanted = [f"{likely[i]:7.4f}  {tiny_onnx.LABELS[i]}" for i in np.argsort(-likely) if likely[i] >= 0.5]
+    assert run(flags, given, "--top", "1").stdout.splitlines() == wanted
+    assert len(run(flags, given, "--threshold", "0").stdout.splitlines()) == 4
+    assert run(flags, given, "--threshold", "1.1").stdout == "no label reaches 1.1\n"
+
+    values = task_bundle(tmp_path / "values", "regression")
+    lines = [line.split() for line in run(values, given, "--save", saved).stdout.splitlines()]
+    assert [name for _, name in lines] == list(tiny_onnx.LABELS)
+    np.testing.assert_allclose([float(value) for value, _ in lines], output, rtol=1e-4)
+    np.testing.assert_allclose(np.load(saved), output[None], rtol=1e-6)
+
+    maps = task_bundle(tmp_path / "maps", "segmentation")
+    decided = np.where(image.max(2) >= 200, image.argmax(2), 3)
+    done = run(maps, given, "--save", saved)
+    assert (np.load(saved)[0] == decided).all()
+    shares = {line.split()[1]: float(line.split()[0]) for line in done.stdout.splitlines()}
+    for index, label in enumerate(tiny_onnx.LABELS):
+        assert shares[label] == pytest.approx((decided == index).mean(), abs=1e-4)
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+
+
+def test_outputs_of_another_shape_than_the_task_says_are_shown_as_they_are(bundle: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "i.npy", tiny_onnx.images(1)[0])
+    rewrite(bundle, lambda table: table.update(task={"name": "segmentation", "labels": "maps"}))
+    assert run(bundle, str(tmp_path / "i.npy")).stdout.startswith("logits float32 (1, 4)\n")
 
 
 def test_bench(bundle: Path) -> None:

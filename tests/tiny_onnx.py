@@ -70,6 +70,27 @@ def classifier(path: Path, kind: Kind = "fp32", *, opset: int = 17, seed: int = 
     return path
 
 
+def segmenter(path: Path) -> Path:
+    """uint8 image (batch × 8 × 8 × 3) → logits (batch × 4 × 8 × 8): red, green and blue by their channel, else grey."""
+    nodes = [
+        helper.make_node("Cast", ["image"], ["cast"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["cast"], ["first"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["first", "w", "b"], ["logits"]),
+    ]
+    weights = {"w": np.eye(4, 3, dtype=np.float32).reshape(4, 3, 1, 1), "b": np.array([0, 0, 0, 200], np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES, SIZE, SIZE])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+    return path
+
+
 def images(count: int = 6, seed: int = 1) -> np.ndarray:
     """uint8 images, batch × 8 × 8 × 3."""
     return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)

@@ -1,8 +1,9 @@
-"""Accuracy of anything that runs, with intervals, and the drop against the teacher on the same samples."""
+"""The metric of anything that runs, with intervals, and the drop against the teacher on the same samples."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +14,21 @@ from edgekd.types import Arrays, Interval, Session, Split
 Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
-def predict(session: Session, split: Split, batch_size: int = 256) -> NDArray[np.float32]:
-    """The logits of every sample of `split`, in its order: samples × classes.
+def predict(
+    session: Session,
+    split: Split,
+    batch_size: int = 256,
+    *,
+    dense: bool = False,
+    keep: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> np.ndarray:
+    """The outputs for every sample of `split`, in its order: float32, samples × classes (× grid, where `dense`).
 
     Read as a stream of batches; a model with a fixed batch dimension gets that batch, the last one filled up with
     copies of its last sample. The output is "logits" where there is one of that name, else the only output.
+
+    Args:
+        keep: what is kept of the outputs of a batch, e.g. the classes of pixels, which take less memory.
 
     Raises:
         ModelError: the model takes other inputs than the split has, gives several outputs and none named "logits",
@@ -26,47 +37,82 @@ def predict(session: Session, split: Split, batch_size: int = 256) -> NDArray[np
     fixed = {spec.shape[0] for spec in session.inputs if spec.shape and isinstance(spec.shape[0], int)}
     size = int(min(fixed)) if fixed else batch_size
     order = np.arange(len(split), dtype=np.int64)
-    found: list[NDArray[np.float32]] = []
+    found: list[np.ndarray] = []
     for batch in split.batches([order[start : start + size] for start in range(0, len(order), size)]):
         count = len(batch.indices)
-        found.append(_logits(session, _filled(session, batch.inputs, size if fixed else count), count))
+        logits = _logits(session, _filled(session, batch.inputs, size if fixed else count), count, dense)
+        found.append(logits if keep is None else keep(logits))
     if not found:
         raise ModelError("there are no samples to predict", where=session.runtime)
     return np.concatenate(found)
 
 
-def labels(split: Split, batch_size: int = 256) -> NDArray[np.int64]:
-    """The class index of every sample of `split`, in its order."""
+def labels(split: Split, batch_size: int = 256) -> np.ndarray:
+    """The label of every sample of `split`, in its order."""
+    known = getattr(split, "labels", None)
+    if isinstance(known, np.ndarray):
+        return known
     order = np.arange(len(split), dtype=np.int64)
     batches = split.batches([order[start : start + batch_size] for start in range(0, len(order), batch_size)])
-    return np.concatenate([np.asarray(batch.labels, dtype=np.int64) for batch in batches])
+    return np.concatenate([np.asarray(batch.labels) for batch in batches])
 
 
-def accuracy(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> Interval:
-    """The fraction of samples whose largest logit is the label's, with its Wilson interval."""
-    hits = _hits(logits, truth)
-    return wilson(int(hits.sum()), len(hits))
+def mean(scores: NDArray[np.float64]) -> Interval:
+    """The mean of a task's scores, one a sample, with its 95 % interval.
+
+    Wilson's where every sample is right or wrong; else the normal one, mean ± z · s / √n with s the scores' standard
+    deviation, kept below 1, which is perfect, and above 0 where no score is negative. A single sample has no s:
+    Wilson's stands for it.
+
+    Raises:
+        ValueError: there are no scores.
+    """
+    n, value = len(scores), float(scores.mean()) if len(scores) else 0.0
+    if n < 2 or _binary(scores):
+        return wilson(float(scores.sum()), n)
+    half = Z * float(scores.std(ddof=1)) / math.sqrt(n)
+    low = value - half if (scores < 0).any() else max(0.0, value - half)
+    return Interval(value=value, low=low, high=max(value, min(1.0, value + half)), n=n)
 
 
-def drop(
-    teacher_logits: NDArray[np.float32], student_logits: NDArray[np.float32], truth: NDArray[np.int64]
-) -> Interval:
-    """Accuracy of the teacher minus that of the student, paired on the same samples; above 0 the student is worse."""
-    teacher, student = _hits(teacher_logits, truth), _hits(student_logits, truth)
-    return paired_difference(
-        both=int((teacher & student).sum()),
-        first_only=int((teacher & ~student).sum()),
-        second_only=int((~teacher & student).sum()),
-        neither=int((~teacher & ~student).sum()),
-    )
+def drop(teacher: NDArray[np.float64], student: NDArray[np.float64]) -> Interval:
+    """The teacher's mean score minus the student's, paired on the same samples; above 0 the student is worse.
+
+    Newcombe's interval where every sample is right or wrong; else the normal one of the samples' differences. A
+    single sample says nothing of others: from -1 to 1.
+
+    Raises:
+        ValueError: they are not of the same samples, or there are none.
+    """
+    if len(teacher) != len(student):
+        raise ValueError(f"{len(teacher)} scores against {len(student)}")
+    n = len(teacher)
+    if _binary(teacher) and _binary(student):
+        one, two = teacher > 0.5, student > 0.5
+        return paired_difference(
+            both=int((one & two).sum()),
+            first_only=int((one & ~two).sum()),
+            second_only=int((~one & two).sum()),
+            neither=int((~one & ~two).sum()),
+        )
+    lost = teacher - student
+    value = float(lost.mean())
+    if n == 1:
+        return Interval(value=value, low=min(value, -1.0), high=max(value, 1.0), n=1)
+    half = Z * float(lost.std(ddof=1)) / math.sqrt(n)
+    return Interval(value=value, low=value - half, high=value + half, n=n)
 
 
-def agreement(teacher_logits: NDArray[np.float32], student_logits: NDArray[np.float32]) -> float:
-    """The fraction of samples for which both predict the same class, right or wrong."""
-    return float((teacher_logits.argmax(axis=1) == student_logits.argmax(axis=1)).mean())
+def agreement(teacher: np.ndarray, student: np.ndarray) -> float:
+    """The fraction of decisions that are the same in both, right or wrong."""
+    return float((teacher == student).mean())
 
 
-def wilson(hits: int, n: int) -> Interval:
+def _binary(scores: NDArray[np.float64]) -> bool:
+    return bool(((scores == 0) | (scores == 1)).all())
+
+
+def wilson(hits: float, n: int) -> Interval:
     """A proportion with its 95 % score interval.
 
     (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)  (Wilson, JASA, 1927)
@@ -111,13 +157,6 @@ def _joined(a: float, b: float, phi: float) -> float:
     return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
 
 
-def _hits(logits: NDArray[np.float32], truth: NDArray[np.int64]) -> NDArray[np.bool_]:
-    if len(logits) != len(truth):
-        raise ValueError(f"{len(logits)} predictions for {len(truth)} labels")
-    hits: NDArray[np.bool_] = logits.argmax(axis=1) == truth
-    return hits
-
-
 def _filled(session: Session, inputs: Arrays, size: int) -> Arrays:
     """The inputs the session asks for, made `size` samples long."""
     wanted = {spec.name: spec for spec in session.inputs}
@@ -141,7 +180,7 @@ def _filled(session: Session, inputs: Arrays, size: int) -> Arrays:
     return filled
 
 
-def _logits(session: Session, inputs: Arrays, count: int) -> NDArray[np.float32]:
+def _logits(session: Session, inputs: Arrays, count: int, dense: bool) -> NDArray[np.float32]:
     outputs = session(inputs)
     name = "logits" if "logits" in outputs else next(iter(outputs), "")
     if name != "logits" and len(outputs) != 1:
@@ -149,9 +188,10 @@ def _logits(session: Session, inputs: Arrays, count: int) -> NDArray[np.float32]
             f"its outputs are {', '.join(outputs) or 'none'}", where=session.runtime, expected="one named 'logits'"
         )
     values = np.asarray(outputs[name], dtype=np.float32)[:count]
-    if values.ndim != 2 or len(values) != count:
+    if values.ndim < 2 or (values.ndim > 2) != dense or len(values) != count:
+        grid = ", grid" if dense else ""
         raise ModelError(
-            f"output '{name}' has the shape {values.shape}", where=session.runtime, expected=f"({count}, classes)"
+            f"output '{name}' has the shape {values.shape}", where=session.runtime, expected=f"({count}, classes{grid})"
         )
     if not np.isfinite(values).all():
         raise ModelError(

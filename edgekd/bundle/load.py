@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -13,6 +12,7 @@ from edgekd.backends._tensorrt import record
 from edgekd.backends.onnxruntime import onnxruntime
 from edgekd.backends.tensorrt import tensorrt
 from edgekd.bundle import manifest as manifests
+from edgekd.bundle.answers import Answer, answer
 from edgekd.bundle.manifest import Manifest
 from edgekd.errors import DataError, ModelError, nearest
 from edgekd.store import sha256_of
@@ -22,43 +22,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What a classifier says of one image.
-
-    probabilities: softmax of the logits, one a class; not calibrated.
-    """
-
-    probabilities: NDArray[np.float64]
-    labels: tuple[str, ...]
-
-    @property
-    def index(self) -> int:
-        """The likeliest class."""
-        return int(self.probabilities.argmax())
-
-    @property
-    def label(self) -> str:
-        """Name of the likeliest class; its index where the model has no labels."""
-        return self.labels[self.index] if self.labels else str(self.index)
-
-    @property
-    def probability(self) -> float:
-        """Of the likeliest class."""
-        return float(self.probabilities[self.index])
-
-    def top(self, count: int = 5) -> tuple[tuple[str, float], ...]:
-        """The likeliest classes with their probabilities, the likeliest first."""
-        order = np.argsort(-self.probabilities, kind="stable")[:count]
-        return tuple((self.labels[i] if self.labels else str(i), float(self.probabilities[i])) for i in order)
-
-
 class Model:
     """An exported model that can be called.
 
-    A classifier of images takes an image (Pillow's, a file's path, or uint8 height × width × channels; it is resized)
-    and gives a Prediction; several of them (a list, or one array with a batch dimension) give a list. Any model takes
-    {name: array}, batch first and as the graph takes it, and gives {name: array}.
+    A model of images takes an image (Pillow's, a file's path, or uint8 height × width × channels; it is resized) and
+    gives what its task says of it: a Prediction of a class, the Flags of several labels, a ClassMap or Values. Several
+    images (a list, or one array with a batch dimension) give a list. Any model takes {name: array}, batch first and as
+    the graph takes it, and gives {name: array}.
     """
 
     def __init__(self, session: Session, manifest: Manifest | None) -> None:
@@ -67,6 +37,7 @@ class Model:
         self.labels = manifest.labels if manifest else ()
         self.preprocessing = manifest.preprocessing if manifest else None
         self._in_graph = manifest.preprocessing_in_graph if manifest else False
+        self._form = manifest.task.labels if manifest else "classes"
 
     @overload
     def __call__(self, given: Arrays) -> dict[str, np.ndarray]: ...
@@ -91,22 +62,21 @@ class Model:
             )  # fmt: skip
         many = isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim == 4)
         images = [_image(item, self.preprocessing) for item in (given if many else [given])]
-        found = [self._classify(image) for image in images]
+        found = [self._answer(image) for image in images]
         return found if many else found[0]
 
     def close(self) -> None:
         """Give the memory back."""
         self._session.close()
 
-    def _classify(self, image: NDArray[np.uint8]) -> Prediction:
+    def _answer(self, image: NDArray[np.uint8]) -> Answer:
         assert self.preprocessing is not None
         batch: NDArray[Any] = image[None]
         if not self._in_graph:
             mean, std = (np.array(value, np.float32) for value in (self.preprocessing.mean, self.preprocessing.std))
             batch = np.ascontiguousarray(((batch.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2))
-        logits = self._session({self.inputs[0].name: batch})[self.outputs[0].name][0].astype(np.float64)
-        exponents = np.exp(logits - logits.max())
-        return Prediction(exponents / exponents.sum(), self.labels)
+        output = self._session({self.inputs[0].name: batch})[self.outputs[0].name][0]
+        return answer(self._form, output, self.labels)
 
 
 def load(

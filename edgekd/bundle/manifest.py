@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from edgekd import toml
 from edgekd.errors import ModelError
-from edgekd.types import Precision, Preprocessing, TensorSpec, Verdict
+from edgekd.types import LabelForm, Precision, Preprocessing, TensorSpec, Verdict
 
 SCHEMA = 1
 NAME = "edgekd.json"
@@ -55,6 +55,18 @@ class Golden:
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """What the output is.
+
+    labels: "classes": a logit for each class; "flags": a logit for each label, any number of which hold; "maps": a
+    logit for each class at each point of a grid; "values": numbers.
+    """
+
+    name: str = "classification"
+    labels: LabelForm = "classes"
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What edgekd.json holds."""
 
@@ -69,11 +81,12 @@ class Manifest:
     outputs: tuple[TensorSpec, ...]
     preprocessing: Preprocessing | None  # of the one image input; None where inputs are no images
     preprocessing_in_graph: bool  # the model takes uint8 images, height × width × channels
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # names of classes, labels or values, in the order of the output
     golden: Golden
     verdict: Verdict | None
     provenance: dict[str, Any]  # artifact keys, versions, hashes: where each file came from
     files: tuple[File, ...]  # every file of the bundle but edgekd.json itself
+    task: Task = Task()  # bundles that do not say it are classifiers
 
 
 def read(folder: Path) -> Manifest:

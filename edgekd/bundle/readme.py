@@ -62,7 +62,7 @@ def _tensors(manifest: Manifest) -> str:
     lines = [_row("input", item) for item in manifest.inputs] + [_row("output", item) for item in manifest.outputs]
     text = "| | name | type | shape |\n|---|---|---|---|\n" + "".join(lines) + "\n"
     if manifest.preprocessing is None:
-        return text
+        return text + (f"\nThe output is {_output(manifest)}.\n" if manifest.labels else "")
     size = " × ".join(str(side) for side in manifest.preprocessing.size)
     if manifest.preprocessing_in_graph:
         text += f"The image is uint8, {size} pixels, height × width × channels; the graph normalises it itself.\n"
@@ -70,8 +70,23 @@ def _tensors(manifest: Manifest) -> str:
         mean, std = manifest.preprocessing.mean, manifest.preprocessing.std
         text += f"The image is resized to {size}, divided by 255, minus {mean}, divided by {std}, channels first.\n"
     if manifest.labels:
-        text += f"\nThe output is one logit for each of {len(manifest.labels)} classes (`labels.txt`, in order).\n"
+        text += f"\nThe output is {_output(manifest)}.\n"
     return text
+
+
+def has_apps(manifest: Manifest) -> bool:
+    """Whether the sample apps fit: they classify images as a camera gives them."""
+    return manifest.preprocessing_in_graph and bool(manifest.labels) and manifest.task.labels == "classes"
+
+
+def _output(manifest: Manifest) -> str:
+    count, listed = len(manifest.labels), "(`labels.txt`, in order)"
+    return {
+        "classes": f"one logit for each of {count} classes {listed}",
+        "flags": f"one logit for each of {count} labels {listed}; its sigmoid is how likely the label holds",
+        "maps": f"one logit for each of {count} classes {listed} at each point of the grid",
+        "values": f"{count} values {listed}",
+    }[manifest.task.labels]
 
 
 def _row(kind: str, item: TensorSpec) -> str:
@@ -99,7 +114,7 @@ def _embed(manifest: Manifest) -> str:
         "image" if manifest.preprocessing else "{" + ", ".join(f'"{item.name}": …' for item in manifest.inputs) + "}"
     )
     text = f'With edgekd installed: `edgekd.load("path/to/this/folder")({given})`.\n'
-    if manifest.preprocessing_in_graph and manifest.labels:
+    if has_apps(manifest):
         text += (
             "\nWithout it, copy from `app/`: `app/app.py` (Python, with `run.py` beside it) and `app/cpp/` (C++, ONNX "
             "Runtime's C++ API).\n"
@@ -108,10 +123,10 @@ def _embed(manifest: Manifest) -> str:
 
 
 def _limits(manifest: Manifest, board: bool) -> str:
-    text = (
-        "- `edgekd.json` is not signed: its hashes find damage, they do not say who wrote the bundle.\n"
-        "- Confidence is a softmax of the logits, not a calibrated probability.\n"
-    )
+    text = "- `edgekd.json` is not signed: its hashes find damage, they do not say who wrote the bundle.\n"
+    squashed = {"classes": "softmax", "flags": "sigmoid"}.get(manifest.task.labels)
+    if squashed:
+        text += f"- Confidence is a {squashed} of the logits, not a calibrated probability.\n"
     if board:
         text += (
             "- The TensorRT part was never run on a board by edgekd's authors: the command lines and calls are checked "

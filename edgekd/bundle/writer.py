@@ -15,7 +15,7 @@ from edgekd.bundle import golden, manifest, readme
 from edgekd.bundle.manifest import File, Manifest, Model, Typing
 from edgekd.errors import ModelError, StoreError
 from edgekd.store import disk_error, sha256_of
-from edgekd.types import Arrays, Json, Precision, Preprocessing, Target, TensorSpec, Verdict
+from edgekd.types import Arrays, Json, Precision, Preprocessing, Target, Task, TensorSpec, Verdict
 
 if TYPE_CHECKING:
     import onnx
@@ -46,6 +46,7 @@ def write(
     preprocessing: Preprocessing | None,
     provenance: Mapping[str, Json],
     verdict: Verdict | None,
+    task: Task | None = None,
     threads: int = 1,
 ) -> Path:
     """Write the bundle of `target` into `folder`; an older bundle there is replaced when the new one is complete.
@@ -57,10 +58,11 @@ def write(
         models: ONNX files; the first is what the bundle uses unless told otherwise. Their inputs and outputs agree.
         samples: a few real inputs by name, as the graph takes them, batch first: the golden samples. Their expected
             outputs are computed here, by each model on ONNX Runtime.
-        labels: class names in the order of the logits; empty where the outputs are no classes.
+        labels: names of the classes, labels or values in the order of the output; empty where it has no names.
         preprocessing: of the one image input, None where inputs are no images. A graph that takes uint8 does it itself.
         provenance: artifact keys and versions. No paths of this machine.
         verdict: what the report said of the chosen model.
+        task: what the output is; left out: a logit for each class.
         threads: of ONNX Runtime, for the golden outputs.
 
     Returns:
@@ -80,8 +82,10 @@ def write(
         partial.mkdir(parents=True)
         content = _describe(partial, name, target, models, samples, labels, preprocessing)
         content = replace(content, provenance=dict(provenance), verdict=verdict)
+        if task is not None:
+            content = replace(content, task=manifest.Task(task.name, task.labels))
         golden.write(partial / golden.NAME, _golden(partial, content.models, samples, target, threads))
-        _write_programs(partial, target, apps=content.preprocessing_in_graph and bool(labels))
+        _write_programs(partial, target, apps=readme.has_apps(content))
         if labels:
             (partial / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
         (partial / "README.md").write_text(readme.render(replace(content, files=_list(partial))), encoding="utf-8")

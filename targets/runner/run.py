@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Run, check and time the model of this bundle. Needs Python 3.8, numpy and the runtime (onnxruntime or TensorRT).
 
-    python3 run.py photo.jpg            the likeliest classes (Pillow for JPEG and PNG; .ppm, .pgm and .npy without it)
+    python3 run.py photo.jpg            what the model says: the likeliest classes, the labels that hold, the share of
+                                        each class in a class map, or values (Pillow for JPEG and PNG; .ppm, .pgm and
+                                        .npy without it)
     python3 run.py inputs.npz           named arrays in, arrays out
     python3 run.py --selftest           recompute golden.npz; exit code 1 where the outputs differ too much
     python3 run.py --bench              latency as one JSON document on stdout
 
-Written by edgekd. It reads the bundle, writes nothing, and asks no network.
+Written by edgekd. It reads the bundle, writes nothing but what --save names, and asks no network.
 """
 
 from __future__ import annotations
@@ -401,18 +403,37 @@ def softmax(logits: Any) -> Any:
     return exponents / exponents.sum()
 
 
-def predict(manifest: Mapping[str, Any], run: Run, path: str, top: int) -> None:
-    outputs = run(read_inputs(manifest, path))
-    logits = np.asarray(next(iter(outputs.values())))
-    labels = manifest["labels"]
-    if logits.ndim != 2 or logits.shape[1] != len(labels):
+def predict(manifest: Mapping[str, Any], run: Run, given: argparse.Namespace) -> None:
+    outputs = run(read_inputs(manifest, given.input))
+    output = np.asarray(next(iter(outputs.values())))
+    labels, form = manifest["labels"], manifest.get("task", {}).get("labels", "classes")
+    known = output.ndim >= 2 and output.shape[1] == len(labels) and (output.ndim > 2) == (form == "maps")
+    decided = output.argmax(axis=1).astype(np.int32) if known and form == "maps" else output
+    if given.save:
+        np.save(given.save, decided)
+    if not known:
         for name, value in outputs.items():
             sys.stdout.write(f"{name} {value.dtype} {value.shape}\n{value}\n")
         return
-    for row in logits:
-        probabilities = softmax(row)
-        for index in np.argsort(-probabilities, kind="stable")[:top]:
-            sys.stdout.write(f"{probabilities[index]:7.4f}  {labels[index]}\n")
+    for row in decided:
+        if form == "values":
+            sys.stdout.write("".join(f"{value:12.6g}  {label}\n" for value, label in zip(row, labels)))  # noqa: B905
+        elif form == "flags":
+            likely = 0.5 * (1 + np.tanh(row.astype(np.float64) / 2))
+            write_ranked(likely, labels, len(labels), given.threshold, f"no label reaches {given.threshold}")
+        elif form == "maps":
+            write_ranked(np.bincount(row.ravel(), minlength=len(labels)) / row.size, labels, given.top, 1e-9, "")
+        else:
+            write_ranked(softmax(row), labels, given.top, 0.0, "")
+
+
+def write_ranked(shares: Any, labels: Any, most: int, least: float, otherwise: str) -> None:
+    """The largest shares with their labels, at most so many and none below `least`."""
+    order = [index for index in np.argsort(-shares, kind="stable")[:most] if shares[index] >= least]
+    for index in order:
+        sys.stdout.write(f"{shares[index]:7.4f}  {labels[index]}\n")
+    if not order:
+        sys.stdout.write(f"{otherwise}\n")
 
 
 def main() -> int:
@@ -425,6 +446,8 @@ def main() -> int:
     parser.add_argument("--runtime", choices=("onnxruntime", "tensorrt"))
     parser.add_argument("--threads", type=int, default=1, help="threads of ONNX Runtime (default 1)")
     parser.add_argument("--top", type=int, default=5, help="how many classes to show (default 5)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="probability from which a label holds (0.5)")
+    parser.add_argument("--save", metavar="FILE.npy", help="write the output there: a class map, logits or values")
     given = parser.parse_args()
     if given.threads < 1 or given.top < 1:
         parser.error("--threads and --top take a number of at least 1")
@@ -435,7 +458,7 @@ def main() -> int:
     run, runtime, model = load(manifest, file, kind, given.threads)
     status = selftest(manifest, run, runtime, model) if given.selftest else 0
     if given.input and not status:
-        predict(manifest, run, given.input, given.top)
+        predict(manifest, run, given)
     if given.bench and not status:
         found = bench(manifest, run, runtime, model, file, given.threads, given.quick)
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
