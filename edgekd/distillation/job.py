@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
+from edgekd.distillation.objective import Objective
 from edgekd.errors import ModelError
 from edgekd.models.network import Network
-from edgekd.types import Augment, Dataset, Outputs, Say, TrainOptions
+from edgekd.types import Augment, Dataset, Say, Task, TrainOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """One of the networks that a student learns from."""
+
+    network: Network
+    weight: float = 1.0  # of its answers among the teachers'
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """One task that a network learns: the data, who teaches it, and by what losses."""
+
+    head: str | None  # of the network's outputs; None: it has but one
+    data: Dataset
+    task: Task
+    teachers: tuple[Teacher, ...]  # none: it learns from the labels
+    objective: Objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,24 +44,47 @@ class Job:
 
     step: str  # "train" or "distill", as `say` is told
     network: Network
-    teacher: Network | None
-    loss: Callable[[Outputs, Outputs, Tensor], Tensor]
-    loss_name: str  # equal losses, equal names
-    data: Dataset
+    courses: tuple[Course, ...]
     options: TrainOptions
     augment: Augment
     seed: int
     work: Path
+    cache: Path | None  # where teachers' answers are kept; None: nowhere
     say: Say
+
+    @property
+    def teachers(self) -> tuple[Network, ...]:
+        """Every teacher of every course, each once."""
+        networks = [teacher.network for course in self.courses for teacher in course.teachers]
+        return tuple({id(network): network for network in networks}.values())
+
+    @property
+    def trained(self) -> nn.ModuleList:
+        """All that the optimizer moves: the network, and the projectors that only training needs."""
+        return nn.ModuleList([self.network.module, *(course.objective for course in self.courses)])
 
 
 def identity(job: Job) -> str:
     """A hash of what this training is; only a checkpoint of the same one may be gone on from."""
     digest = hashlib.sha256()
-    shapes = [(name, tuple(value.shape)) for name, value in job.network.module.state_dict().items()]
-    for fact in (job.step, job.loss_name, job.options, job.augment, job.seed, job.data.fingerprint, shapes):
+    shapes = [(name, tuple(value.shape)) for name, value in job.trained.state_dict().items()]
+    for fact in (job.step, job.options, job.augment, job.seed, shapes):
         digest.update(repr(fact).encode())
-    for value in [] if job.teacher is None else job.teacher.module.state_dict().values():
+    for course in job.courses:
+        facts = course.head, course.task.name, course.data.fingerprint, str(course.objective)
+        digest.update(repr(facts).encode())
+        for teacher in course.teachers:
+            digest.update(f"{teacher.weight!r} {weights_hash(teacher.network)}".encode())
+    return digest.hexdigest()
+
+
+def weights_hash(network: Network) -> str:
+    """A hash of what a network computes: its kind of module, its structure and its weights."""
+    digest = hashlib.sha256()
+    kind = type(network.module)
+    digest.update(f"{kind.__module__}.{kind.__qualname__} {network.module} {network.preprocessing}".encode())
+    for name, value in network.module.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -52,8 +95,9 @@ def check_finite(job: Job) -> None:
     Raises:
         ModelError: a value is not finite.
     """
-    for role, network in (("student" if job.teacher else "network", job.network), ("teacher", job.teacher)):
-        for name, value in [] if network is None else network.module.state_dict().items():
+    roles = [("student" if job.teachers else "network", job.network), *(("teacher", each) for each in job.teachers)]
+    for role, network in roles:
+        for name, value in network.module.state_dict().items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise ModelError(
                     f"the {role}'s '{name}' holds values that are not finite",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,20 +13,23 @@ import torch
 from edgekd.types import Json
 
 Computed = Literal["fp32", "bf16"]
+ALL: tuple[Computed, ...] = ("bf16", "fp32")
 WORTH = 1.15  # bf16 costs digits, so it has to earn its place
 _ROUNDS, _LONGEST_S = 7, 4.0  # the shortest of the rounds counts, so the first ones are the warm-up
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a network computes in, and why."""
+    """What a network computes in and whether it is compiled, and why."""
 
     precision: Computed
     reason: str
+    compiled: bool = False
+    compile_reason: str = "not asked for"
 
     def json(self) -> dict[str, Json]:
         """As it stands in meta."""
-        return {"precision": self.precision, "reason": self.reason}
+        return asdict(self)
 
 
 def autocast(device: torch.device, precision: Computed) -> AbstractContextManager[Any]:
