@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["EdgekdError", "load"]
+__all__ = ["Distiller", "EdgekdError", "distill", "load", "match"]
 
 if TYPE_CHECKING:
     from edgekd.bundle.load import load
+    from edgekd.correspondence import match
+    from edgekd.direct import distill
+    from edgekd.distillation import Distiller
     from edgekd.errors import EdgekdError
+
+_HOMES = {
+    "Distiller": "edgekd.distillation",
+    "EdgekdError": "edgekd.errors",
+    "distill": "edgekd.direct",
+    "load": "edgekd.bundle.load",
+    "match": "edgekd.correspondence",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Load what is asked for when it is asked for: `import edgekd` stays fast and without torch."""
-    if name == "load":
-        from edgekd.bundle.load import load
-
-        return load
-    if name == "EdgekdError":
-        from edgekd.errors import EdgekdError
-
-        return EdgekdError
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'edgekd' has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,9 +14,11 @@ import click
 
 from edgekd import __version__
 from edgekd.errors import EdgekdError
+from edgekd.processes import here, silent
 
 if TYPE_CHECKING:
     from edgekd.recipe import Recipe
+    from edgekd.types import Say
 
 DONE, USER_ERROR, NO_VARIANT, INTERRUPTED = 0, 2, 3, 130
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -61,6 +64,15 @@ _verbose = click.option("-v", "--verbose", is_flag=True, help="Show every event.
 _threads = click.option(
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads that latency is measured with."
 )
+_store = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    envvar="EDGEKD_STORE",
+    default=Path(".edgekd"),
+    show_default=True,
+    help="Folder of finished builds, reused by later runs.",
+)
+_seed = click.option("--seed", type=int, help="Instead of the recipe's.")
 _budget = _options(
     click.option(
         "--max-drop", metavar="FRACTION", help="Accuracy that may be lost against the teacher, e.g. 0.01 or 1%."
@@ -96,15 +108,8 @@ def init(data: str, path: Path, name: str | None, teacher: str, student: str, ta
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @_targets
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the results; left out: runs/<name>.")
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    envvar="EDGEKD_STORE",
-    default=Path(".edgekd"),
-    show_default=True,
-    help="Folder of finished builds, reused by later runs.",
-)
-@click.option("--seed", type=int, help="Instead of the recipe's.")
+@_store
+@_seed
 @_budget
 @_threads
 @_quick
@@ -120,7 +125,6 @@ def compress(
     Left out, RECIPE is ./edgekd.toml; where there is none, the built-in recipe runs on handwritten digits.
     """
     from edgekd import target as target_files
-    from edgekd.progress import Progress
     from edgekd.recipe import overridden
     from edgekd.store import make_folder
 
@@ -128,13 +132,45 @@ def compress(
     found = [target_files.load(name) for name in (targets or ("host",))]
     wanted = list({target.name: target for target in found}.values())  # one named twice is made once
     folder = make_folder(out or Path("runs") / read.name)
-    with Progress(folder / "log.jsonl", verbose=verbose) as say:
+    with _told_in(folder / "log.jsonl", verbose) as say:
         from edgekd.pipeline import compress as run
 
         if recipe is None and read.source == "built-in recipe":
             say("note", text="no edgekd.toml here: the built-in recipe runs; `edgekd init` writes one of your own")
         report = run(read, wanted, folder, store=store, threads=threads, quick=quick, say=say)
     return _told(report, folder, as_json)
+
+
+@cli.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the results; left out: runs/<name>.")
+@_store
+@_seed
+@_quick
+@_json
+@_verbose
+def distill(
+    recipe: Path | None, out: Path | None, store: Path, seed: int | None, quick: bool, as_json: bool, verbose: bool
+) -> int:
+    """Train the teachers and the student of RECIPE, and nothing else: student.safetensors and distill.json.
+
+    It takes what `compress` takes, and recipes of several tasks as well.
+    """
+    from edgekd.recipe import overridden
+    from edgekd.store import make_folder
+
+    read = overridden(_recipe(recipe), seed=seed, max_drop=None, max_latency=None, max_size=None)
+    folder = make_folder(out or Path("runs") / read.name)
+    with _told_in(folder / "log.jsonl", verbose) as say:
+        from edgekd.pipeline import distill as run
+        from edgekd.pipeline import distilled_text
+
+        found = run(read, folder, store=store, quick=quick, say=say)
+    if here().first:
+        click.echo(distilled_text(found, folder), err=True)
+    if here().first and as_json:
+        click.echo(json.dumps(found, indent=1))
+    return DONE
 
 
 @cli.command()
@@ -242,23 +278,38 @@ def _recipe(path: Path | None) -> Recipe:
 def _told(report: Any, folder: Path, as_json: bool) -> int:
     from edgekd import report as reports
 
+    if not here().first:
+        return DONE
     click.echo(reports.summary(report, folder), err=True)
     if as_json:
         click.echo((folder / "report.json").read_text(encoding="utf-8"), nl=False)
     return DONE if all(report.chosen.values()) else NO_VARIANT
 
 
+def _told_in(log: Path, verbose: bool) -> AbstractContextManager[Say]:
+    """Where events go: of several processes the first one shows and logs them."""
+    from edgekd.progress import Progress
+
+    return Progress(log, verbose=verbose) if here().first else nullcontext(silent)
+
+
 def main() -> None:
     """Run the command line and leave with the exit code of the contract."""
+    processes = here()
+    processes.watch()
     try:
         code = cli.main(standalone_mode=False)
+        processes.leave(sound=True)
     except EdgekdError as problem:
-        click.echo(f"edgekd: {problem}", err=True)
+        processes.leave(sound=False)
+        click.echo(f"edgekd{'' if processes.first else f' (process {processes.rank})'}: {problem}", err=True)
         code = USER_ERROR
     except click.ClickException as problem:
-        problem.show()
+        if processes.first:
+            problem.show()
         code = USER_ERROR
     except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo("edgekd: interrupted; the same command goes on where it stopped.", err=True)
+        if processes.first:
+            click.echo("edgekd: interrupted; the same command goes on where it stopped.", err=True)
         code = INTERRUPTED
     sys.exit(code or DONE)

@@ -1,4 +1,4 @@
-"""compress(): the order of the steps, and nothing else.
+"""compress() and distill(): the order of the steps, and nothing else.
 
 recipe ─► teacher, student, data ─► distill ─► export ─► quantize ─► compile ─► bench ─► report ─► bundle
           └──── shared by every target ─────┘  └──────────── for each target ──────────────────────────┘
@@ -7,54 +7,60 @@ recipe ─► teacher, student, data ─► distill ─► export ─► quantiz
 from __future__ import annotations
 
 import hashlib
-import tempfile
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import Any, TypeAlias
 
 import edgekd
-from edgekd import bundle, data, distill, export, measure, models, plugins, report
+from edgekd import bundle, measure, report, training
 from edgekd.bench import conditions
 from edgekd.deploy import Deployment, Source, Workshop, deploy, row_id, samples
-from edgekd.errors import ModelError, nearest
-from edgekd.models import weights
-from edgekd.models.network import Network
-from edgekd.recipe import Recipe
-from edgekd.store import Store, copy, sha256_of, write_text
-from edgekd.types import (
-    Artifact,
-    Comparison,
-    Dataset,
-    Json,
-    ModelSpec,
-    Report,
-    Say,
-    Stage,
-    Target,
-    TrainOptions,
-    Variant,
-)
+from edgekd.processes import here
+from edgekd.recipe import Recipe, TaskSpec
+from edgekd.store import Store, copy, write_text
+from edgekd.training import School
+from edgekd.types import Comparison, Dataset, Json, Report, Say, Stage, Target, Task, TrainOptions, Variant
 
-WEIGHTS = "weights.safetensors"
 GOLDEN_SAMPLES = 8
+Trained: TypeAlias = "tuple[list[tuple[Source, ...]], Source]"  # the teachers of each task, and the student
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """What every step needs; `timings_s` and `notes` are filled as the run goes on."""
 
-    recipe: Recipe
-    data: Dataset
-    store: Store
-    say: Say
-    opset: int  # that models are tried with before they are trained
+    school: School
     timings_s: dict[str, float]
     notes: list[str]
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is being made."""
+        return self.school.recipe
+
+    @property
+    def data(self) -> Dataset:
+        """Of the one task that is deployed."""
+        return self.school.subjects[0].data
+
+    @property
+    def task(self) -> Task:
+        """What its outputs are."""
+        return self.school.subjects[0].task
+
+    @property
+    def store(self) -> Store:
+        """Where builds are kept."""
+        return self.school.store
+
+    @property
+    def say(self) -> Say:
+        """Who is told."""
+        return self.school.say
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -91,18 +97,70 @@ def compress(
     Raises:
         EdgekdError: the user's data, model, recipe or disk stands in the way; `out` holds no half-written file.
     """
+    recipe.task  # noqa: B018  # one task at a time can be deployed
     run = _begin(recipe, targets[0].opset, store, quick, say)
-    with run.timed("teacher"):
-        teacher = _teacher(run)
-    with run.timed("distill"):
-        student = _student(run, teacher)
-    sources: dict[Stage, Source] = {
-        "teacher": Source(_network(run, recipe.teacher, teacher), teacher),
-        "student": Source(_network(run, recipe.student, student), student),
-    }
-    shop = Workshop(run.store, run.data, recipe.export.preprocessing, recipe.quantize.precisions, say)
+    trained = _trained(run)
+    return here().once(lambda: _compressed(run, trained, targets, out, threads=threads, quick=quick))
+
+
+def distill(recipe: Recipe, out: Path, *, store: Path, quick: bool, say: Say) -> dict[str, Json]:
+    """Train the teachers and the student of a recipe, and leave student.safetensors and distill.json in `out`.
+
+    Returns:
+        What distill.json holds: for each task its metric with the interval, for the teachers and the student, the
+        drop and agreement against the first teacher; the pairs of layers that were compared; seconds and notes.
+
+    Raises:
+        EdgekdError: the user's data, model, recipe or disk stands in the way; `out` holds no half-written file.
+    """
+    run = _begin(recipe, None, store, quick, say)
+    trained = _trained(run)
+    return here().once(lambda: _judged(run, trained, out))
+
+
+def _judged(run: Run, trained: Trained, out: Path) -> dict[str, Json]:
+    """What `distill` gives and leaves."""
+    teachers, student = trained
     with run.timed("accuracy"):
-        examiner, rows = measure.weights_rows(sources, shop)
+        tasks: list[Json] = [
+            measure.task_figures(subject, found, student.network)
+            for subject, found in zip(run.school.subjects, teachers, strict=True)
+        ]
+    copy(student.weights.path / training.WEIGHTS, out / "student.safetensors")
+    write_text(out / "recipe.toml", training.resolved(run.school, student).to_toml(out))
+    found: dict[str, Json] = {
+        "schema": 1, "name": run.recipe.name, "tasks": tasks, "training": dict(student.weights.meta),
+        "timings_s": dict(run.timings_s), "environment": conditions.environment(), "notes": list(run.notes),
+    }  # fmt: skip
+    write_text(out / "distill.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def distilled_text(found: dict[str, Json], out: Path) -> str:
+    """What distill.json says, for people: a line for each task."""
+    lines = []
+    tasks: Any = found["tasks"]
+    for task in tasks:
+        student, teachers = task["student"], ", ".join(f"{each['accuracy']['value']:.4f}" for each in task["teachers"])
+        low, high = student["accuracy"]["low"], student["accuracy"]["high"]
+        name = f"{task['head']}: " if task["head"] else ""
+        lines.append(
+            f"{name}{task['metric']} {student['accuracy']['value']:.4f} ({low:.4f} to {high:.4f}), teacher {teachers}"
+        )
+    return "\n".join([*lines, f"{out / 'student.safetensors'}, {out / 'distill.json'}"])
+
+
+def _compressed(
+    run: Run, trained: Trained, targets: Sequence[Target], out: Path, *, threads: int, quick: bool
+) -> Report:
+    """All that comes after training."""
+    (teachers,), student = trained
+    sources: dict[Stage, Source] = {"teacher": teachers[0], "student": student}
+    if len(teachers) > 1:
+        run.note(f"the student has {len(teachers)} teachers; it is compared with the first of them")
+    shop = Workshop(run.store, run.data, run.recipe.export.preprocessing, run.recipe.quantize.precisions, run.say)
+    with run.timed("accuracy"):
+        examiner, rows = measure.weights_rows(sources, shop, run.task)
     made: list[Deployment] = []
     comparisons: list[Comparison] = []
     for target in targets:
@@ -127,14 +185,14 @@ def _publish(
     files = {row_id(each.target, graph): graph.file for each in made for graph in each.graphs}
     paths = {name: f"models/{name}{file.suffix}" for name, file in files.items()}
     rows = [replace(row, path=paths.get(row.id)) for row in rows]
-    rows = [replace(row, verdict=report.judge(row, rows[0], run.recipe.budget)) for row in rows]
+    rows = [replace(row, verdict=report.judge(row, rows[0], run.recipe.budget, run.task.metric)) for row in rows]
     chosen = report.choose(rows, run.recipe.budget, comparisons)
-    resolved = run.recipe.to_toml(out)
+    resolved = training.resolved(run.school, sources["student"]).to_toml(out)
     found = Report(
         schema=report.SCHEMA, name=run.recipe.name, teacher="teacher", variants=tuple(rows),
         chosen={each.target.name: chosen.get(each.target.name) for each in made}, budget=run.recipe.budget,
         environment=conditions.environment(), recipe_sha256=hashlib.sha256(resolved.encode()).hexdigest(),
-        timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons),
+        timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons), metric=run.task.metric,
     )  # fmt: skip
     for name, file in files.items():
         copy(file, out / paths[name])
@@ -167,109 +225,53 @@ def _bundle(
     bundle.write(
         folder, name=run.recipe.name, target=made.target, models=models, samples=golden, labels=run.data.classes,
         preprocessing=sources["student"].network.preprocessing, provenance=provenance, verdict=rows[first].verdict,
+        task=run.task,
     )  # fmt: skip
 
 
-def _begin(recipe: Recipe, opset: int, store: Path, quick: bool, say: Say) -> Run:
+def _begin(recipe: Recipe, opset: int | None, store: Path, quick: bool, say: Say) -> Run:
+    say = here().heard(say)
     if quick:
-        recipe = replace(recipe, teacher_train=_shorter(recipe.teacher_train), distill=_shorter(recipe.distill))
+        recipe = _shorter(recipe)
     timings: dict[str, float] = {}
     begun = time.perf_counter()
-    found = data.load(recipe.data, recipe.seed, where=f"{recipe.source}: data")
+    subjects = tuple(training.read(spec, recipe.seed, recipe.source) for spec in recipe.tasks)
     timings["data"] = round(time.perf_counter() - begun, 3)
-    sizes = {"train": len(found.train), "calibration": len(found.calibration), "test": len(found.test)}
-    say("data", name=found.name, classes=len(found.classes), **sizes)
-    run = Run(recipe, found, Store(store, say), say, opset, timings, [])
-    for text in found.notes:
-        run.note(f"data: {text}")
+    school = School(recipe, subjects, Store(store, say), store / training.ANSWERS, opset, say)
+    run = Run(school, timings, [])
+    for found in (subject.data for subject in subjects):
+        sizes = {"train": len(found.train), "calibration": len(found.calibration), "test": len(found.test)}
+        say("data", name=found.name, classes=len(found.classes), **sizes)
+        for text in found.notes:
+            run.note(f"data: {text}")
     if quick:
         run.note("--quick: a tenth of the epochs and short measurements; for trying out, not for deciding")
     return run
 
 
-def _shorter(options: TrainOptions) -> TrainOptions:
-    return replace(options, epochs=max(1, options.epochs // 10))
+def _trained(run: Run) -> Trained:
+    """The teachers of each task, and the student of them all."""
+    school = run.school
+    with run.timed("teacher"):
+        teachers = [training.teachers(school, subject) for subject in school.subjects]
+    with run.timed("distill"):
+        student = training.student(school, teachers)
+    for text in training.told(student):
+        run.note(text)
+    return teachers, student
 
 
-# ---------------------------------------------------------------- weights, shared by every target
+def _shorter(recipe: Recipe) -> Recipe:
+    """A tenth of the epochs everywhere."""
 
+    def tenth(options: TrainOptions) -> TrainOptions:
+        return replace(options, epochs=max(1, options.epochs // 10))
 
-def _teacher(run: Run) -> Artifact:
-    """The teacher's weights: the user's, checked and saved in our form, or trained first."""
-    spec, recipe = run.recipe.teacher, run.recipe
-    options = _identity(run, spec)
-    if spec.weights is not None:
+    def task(spec: TaskSpec) -> TaskSpec:
+        return replace(spec, teachers=tuple(replace(each, train=tenth(each.train)) for each in spec.teachers))
 
-        def take(work: Path) -> Mapping[str, Json]:
-            network = _built(run, spec)
-            weights.save(work / WEIGHTS, network.module, {})
-            return {"source": "given"}
-
-        return run.store.step("weights", weights.VERSION, options, [], take)
-
-    def train(work: Path) -> Mapping[str, Json]:
-        _rehearse(run, spec)
-        _rehearse(run, recipe.student)
-        return distill.train(
-            _built(run, spec), run.data, recipe.teacher_train, recipe.augment, seed=recipe.seed, work=work, say=run.say
-        )
-
-    options |= {"train": asdict(recipe.teacher_train), "augment": asdict(recipe.augment), "seed": recipe.seed}
-    return run.store.step("teacher", distill.VERSION, options, [], train)
-
-
-def _student(run: Run, teacher: Artifact) -> Artifact:
-    """The student's weights, distilled from the teacher."""
-    recipe = run.recipe
-
-    def build(work: Path) -> Mapping[str, Json]:
-        _rehearse(run, recipe.student)
-        losses = [(t.weight, plugins.bind("losses", t.part, where="loss")) for t in recipe.losses]
-        return distill.distill(
-            _built(run, recipe.student), _network(run, recipe.teacher, teacher), run.data, losses,
-            recipe.distill, recipe.augment, seed=recipe.seed, work=work, say=run.say,
-        )  # fmt: skip
-
-    terms = [{"name": t.part.name, "weight": t.weight} | plugins.defaults("losses", t.part) for t in recipe.losses]
-    options = _identity(run, recipe.student) | {
-        "losses": terms, "distill": asdict(recipe.distill), "augment": asdict(recipe.augment), "seed": recipe.seed,
-    }  # fmt: skip
-    return run.store.step("student", distill.VERSION, options, [teacher], build)
-
-
-def _identity(run: Run, spec: ModelSpec) -> dict[str, Json]:
-    """What a network's weights depend on besides training: never a path, so that another folder gives the same key."""
-    kept = asdict(replace(spec, weights=None))
-    if spec.weights is not None:
-        kept["weights"] = _content(spec.weights)
-    if "pretrained" in spec.options:
-        kept["options"] = dict(spec.options) | {"pretrained": _content(str(spec.options["pretrained"]))}
-    return kept | {"data": run.data.fingerprint}
-
-
-def _content(path: str) -> str:
-    if not Path(path).is_file():
-        neighbours = [file.name for file in Path(path).parent.glob("*")] if Path(path).parent.is_dir() else []
-        raise ModelError("no such file of weights", where=path, nearest=nearest(Path(path).name, neighbours))
-    return sha256_of(Path(path))
-
-
-def _rehearse(run: Run, spec: ModelSpec) -> None:
-    """Export the network untrained: a model that cannot become ONNX is known before hours of training, not after."""
-    stored = next(iter(run.data.calibration.batches([np.arange(1)]))).inputs
-    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        export.export(
-            _built(run, replace(spec, weights=None)), stored, opset=run.opset,
-            preprocessing=run.recipe.export.preprocessing, path=Path(folder) / "rehearsal.onnx",
-        )  # fmt: skip
-
-
-def _built(run: Run, spec: ModelSpec) -> Network:
-    torch.manual_seed(run.recipe.seed)
-    return models.build(spec, classes=len(run.data.classes), inputs=run.data.inputs, images=run.data.images)
-
-
-def _network(run: Run, spec: ModelSpec, trained: Artifact) -> Network:
-    network = _built(run, replace(spec, weights=None))
-    weights.load(trained.path / WEIGHTS, network.module)
-    return network.eval()
+    assistants = tuple(
+        replace(each, epochs=None if each.epochs is None else max(1, each.epochs // 10)) for each in recipe.assistants
+    )
+    tasks = tuple(task(spec) for spec in recipe.tasks)
+    return replace(recipe, tasks=tasks, assistants=assistants, distill=tenth(recipe.distill))

@@ -11,21 +11,41 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Gt, MinLen
+from annotated_types import Ge, Gt, MinLen
 
 from edgekd import toml, units
 from edgekd.errors import RecipeError
-from edgekd.types import Augment, Budget, ModelSpec, Part, Precision, TrainOptions
+from edgekd.types import Augment, Budget, LossTerm, ModelSpec, Part, Precision, TrainOptions
 
 DEFAULT_FILE = Path("edgekd.toml")
 
 
 @dataclass(frozen=True, slots=True)
-class LossTerm:
-    """One addend of the distillation loss."""
+class TeacherSpec:
+    """A network to learn from: its model, how it is trained where it has no weights, and what its word counts."""
 
-    part: Part
-    weight: float
+    model: ModelSpec
+    train: TrainOptions
+    weight: float  # of its answers among the teachers'
+
+
+@dataclass(frozen=True, slots=True)
+class Assistant:
+    """A network between teacher and student: distilled from the one before it, and the teacher of the next."""
+
+    model: ModelSpec
+    epochs: int | None = None  # None: as many as the student
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """One task of the student: what its outputs are, the data, the teachers, and the losses of distillation."""
+
+    head: str | None  # None: the student has one output
+    task: Part
+    data: Part
+    teachers: tuple[TeacherSpec, ...]
+    losses: tuple[LossTerm, ...] | None  # None: the task's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +68,30 @@ class Recipe:
 
     name: str
     seed: int
-    data: Part
-    teacher: ModelSpec
-    teacher_train: TrainOptions
+    tasks: tuple[TaskSpec, ...]  # one, or one for each head of a multi-task student
     student: ModelSpec
-    losses: tuple[LossTerm, ...]
     distill: TrainOptions
+    assistants: tuple[Assistant, ...]
     augment: Augment
     export: Export
     quantize: Quantize
     budget: Budget
     source: str
+
+    @property
+    def task(self) -> TaskSpec:
+        """The one task of this recipe.
+
+        Raises:
+            RecipeError: it has several.
+        """
+        if len(self.tasks) > 1:
+            raise RecipeError(
+                f"it has {len(self.tasks)} tasks, and one at a time can be deployed",
+                where=f"{self.source}: task",
+                fix="`edgekd distill` trains the student of all of them",
+            )
+        return self.tasks[0]
 
     def to_toml(self, folder: Path) -> str:
         """This recipe with every default filled in, its paths made relative to `folder`: it reruns the same run."""
@@ -69,29 +102,44 @@ class Recipe:
         def without_none(table: Mapping[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in table.items() if value is not None}
 
+        def placed(table: dict[str, Any]) -> dict[str, Any]:
+            paths = {key: os.path.relpath(table[key], folder) for key in _PATHS if isinstance(table.get(key), str)}
+            return table | paths
+
         def model(spec: ModelSpec) -> dict[str, Any]:
             plain = {"model": spec.name, "weights": spec.weights, "mean": spec.mean, "std": spec.std}
-            return without_none(plain) | dict(spec.options)
+            return placed(without_none(plain) | dict(spec.options))
 
-        table: dict[str, Any] = {
-            "name": self.name,
-            "seed": self.seed,
-            "teacher": model(self.teacher) | {"train": asdict(self.teacher_train)},
-            "data": {"name": self.data.name} | plugins.defaults("data", self.data),
+        def teacher(spec: TeacherSpec) -> dict[str, Any]:
+            return model(spec.model) | {"weight": spec.weight, "train": asdict(spec.train)}
+
+        def one_task(spec: TaskSpec) -> dict[str, Any]:
+            losses = None if spec.losses is None else [loss_table(term) for term in spec.losses]
+            return without_none(
+                {
+                    "data": placed({"name": spec.data.name} | plugins.defaults("data", spec.data)),
+                    "teacher": [teacher(each) for each in spec.teachers],
+                    "loss": losses,
+                }
+            )
+
+        def task(spec: TaskSpec) -> dict[str, Any]:
+            return {"name": spec.task.name} | plugins.defaults("tasks", spec.task)
+
+        table: dict[str, Any] = {"name": self.name, "seed": self.seed}
+        if self.tasks[0].head is None:
+            table |= {"task": task(self.tasks[0])} | one_task(self.tasks[0])
+        else:
+            table["task"] = [{"head": each.head} | task(each) | one_task(each) for each in self.tasks]
+        assistants = [without_none(model(each.model) | {"epochs": each.epochs}) for each in self.assistants]
+        table |= {
             "student": model(self.student),
-            "loss": [
-                {"name": t.part.name, "weight": t.weight} | plugins.defaults("losses", t.part) for t in self.losses
-            ],
-            "distill": asdict(self.distill),
+            "distill": asdict(self.distill) | {"assistants": assistants},
             "augment": asdict(self.augment),
             "export": asdict(self.export),
             "quantize": without_none(asdict(self.quantize)),
             "budget": without_none(asdict(self.budget)),
         }
-        for section in ("teacher", "student", "data"):
-            for key in _PATHS:
-                if isinstance(table[section].get(key), str):
-                    table[section][key] = os.path.relpath(table[section][key], folder)
         return tomli_w.dumps(table)
 
 
@@ -124,15 +172,17 @@ def budget_of(budget: Budget, max_drop: str | None, max_latency: str | None, max
     return budget
 
 
-_SECTIONS = ("name", "seed", "teacher", "data", "student", "loss", "distill", "augment", "export", "quantize", "budget")
-_PATHS = ("path", "root", "weights", "pretrained")  # options of parts that name a file or a folder
-_MODEL_KEYS = ("model", "weights", "mean", "std", "train")
+_SECTIONS = (
+    "name", "seed", "task", "teacher", "data", "student", "loss", "distill", "augment", "export", "quantize", "budget",
+)  # fmt: skip
+_PATHS = ("path", "root", "weights", "pretrained", "tokenizer")  # options of parts that name a file or a folder
+_MODEL_KEYS = ("model", "weights", "mean", "std")
 
 
 def parse(table: Mapping[str, Any], *, source: str, folder: Path) -> Recipe:
     """The recipe in a TOML table; `folder` is what its relative paths are relative to."""
     toml.known(table, _SECTIONS, source)
-    for key in ("name", "teacher", "data", "student"):
+    for key in ("name", "student"):
         if key not in table:
             raise RecipeError(f"'{key}' is missing", where=source, fix="`edgekd init` writes a recipe to start from")
 
@@ -142,45 +192,146 @@ def parse(table: Mapping[str, Any], *, source: str, folder: Path) -> Recipe:
     name = toml.validated(table["name"], Annotated[str, MinLen(1)], place("name"))
     if name != Path(name).name or name.startswith("."):
         raise RecipeError(f"'{name}' cannot name a folder", where=place("name"), expected="a plain word, e.g. plants")
-    data = _part(table["data"], place("data"))
-    data = replace(data, options=_placed(data.options, folder, place("data")))
-    teacher, student = (_model(table[kind], place(kind), folder) for kind in ("teacher", "student"))
-    if "train" in table["student"]:
-        raise RecipeError("unknown key 'train'", where=place("student"), fix="the student is trained by [distill]")
-    quantize = toml.read(Quantize, table.get("quantize", {}), place("quantize"))
+    distill = dict(toml.as_table(table.get("distill", {}), place("distill")))
+    assistants = _assistants(distill.pop("assistants", []), place("distill.assistants"), folder)
     recipe = Recipe(
         name=name,
         seed=toml.validated(table.get("seed", 0), int, place("seed")),
-        data=data,
-        teacher=teacher,
-        teacher_train=toml.read(TrainOptions, table["teacher"].get("train", {}), place("teacher.train")),
-        student=student,
-        losses=_losses(table.get("loss", HINTON), source),
-        distill=toml.read(TrainOptions, table.get("distill", {}), place("distill")),
+        tasks=_tasks(table, source, folder),
+        student=_model(table["student"], place("student"), folder),
+        distill=toml.read(TrainOptions, distill, place("distill")),
+        assistants=assistants,
         augment=toml.read(Augment, table.get("augment", {}), place("augment")),
         export=toml.read(Export, table.get("export", {}), place("export")),
-        quantize=quantize,
+        quantize=toml.read(Quantize, table.get("quantize", {}), place("quantize")),
         budget=toml.read(Budget, table.get("budget", {}), place("budget")),
         source=source,
     )
+    if "train" in recipe.student.options:
+        raise RecipeError("unknown key 'train'", where=place("student"), fix="the student is trained by [distill]")
     _check_parts(recipe)
     return recipe
 
 
-# Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, NIPS workshop 2014: mostly the teacher's soft
-# targets, a little of the labels; T = 4 and 0.9 : 0.1 are what the reference implementations of the field use.
-HINTON = [{"name": "kd", "weight": 0.9, "temperature": 4.0}, {"name": "ce", "weight": 0.1}]
+def loss_term(loss: str | Mapping[str, Any] | LossTerm, where: str) -> LossTerm:
+    """A loss by its name, or as a [[loss]] table has it: `name`, `weight`, `pairs` and the loss's own options."""
+    if isinstance(loss, LossTerm):
+        return loss
+    part = _part({"name": loss} if isinstance(loss, str) else loss, where)
+    own = dict(part.options)
+    weight = toml.validated(own.pop("weight", 1.0), Annotated[float, Gt(0)], f"{where}.weight")
+    pairs = own.pop("pairs", None)
+    if pairs is not None:
+        hint = Annotated[tuple[tuple[str, str], ...], MinLen(1)]
+        pairs = toml.validated(pairs, hint, f"{where}.pairs")
+    if part.name == AUTO and (own or pairs is not None):
+        key = next(iter(own), "pairs")
+        fix = "name the loss that it is for: what `match` chooses brings its own"
+        raise RecipeError(f"unknown key '{key}'; {AUTO} takes weight", where=where, fix=fix)
+    return LossTerm(Part(part.name, own), weight, pairs)
+
+
+def loss_table(term: LossTerm) -> dict[str, Any]:
+    """A [[loss]] table with every default filled in."""
+    from edgekd import plugins
+
+    filled = {} if term.part.name == AUTO else plugins.defaults("losses", term.part)
+    pairs = {} if term.pairs is None else {"pairs": [list(pair) for pair in term.pairs]}
+    return {"name": term.part.name, "weight": term.weight} | filled | pairs
+
+
+AUTO = "auto"  # a loss of this name stands for those that `match` chooses
 
 
 def _check_parts(recipe: Recipe) -> None:
     """Every named part exists and takes its options: known before anything is trained."""
     from edgekd import plugins
 
-    plugins.bind("data", recipe.data, where=f"{recipe.source}: data")
-    for kind, spec in (("teacher", recipe.teacher), ("student", recipe.student)):
-        plugins.bind("models", Part(spec.name, spec.options), where=f"{recipe.source}: {kind}")
-    for index, term in enumerate(recipe.losses):
-        plugins.bind("losses", term.part, where=f"{recipe.source}: loss[{index}]")
+    def bind(kind: str, part: Part, place: str) -> None:
+        plugins.bind(kind, part, where=f"{recipe.source}: {place}")
+
+    for number, task in enumerate(recipe.tasks):
+        prefix = f"task[{number}]." if task.head else ""
+        bind("tasks", task.task, prefix.rstrip(".") or "task")
+        bind("data", task.data, f"{prefix}data")
+        for index, teacher in enumerate(task.teachers):
+            place = f"{prefix}teacher" + (f"[{index}]" if len(task.teachers) > 1 else "")
+            bind("models", Part(teacher.model.name, teacher.model.options), place)
+        for index, term in enumerate(task.losses or ()):
+            if term.part.name != AUTO:
+                bind("losses", term.part, f"{prefix}loss[{index}]")
+    bind("models", Part(recipe.student.name, recipe.student.options), "student")
+    for index, assistant in enumerate(recipe.assistants):
+        bind("models", Part(assistant.model.name, assistant.model.options), f"distill.assistants[{index}]")
+
+
+def _tasks(table: Mapping[str, Any], source: str, folder: Path) -> tuple[TaskSpec, ...]:
+    """One task from the top level, or one from each [[task]] table, with the top level's losses for all of them."""
+    given = table.get("task", {"name": CLASSIFICATION})
+    if isinstance(given, Mapping):
+        return (_task(table, None, _part(given, f"{source}: task"), source, folder, ""),)
+    where = f"{source}: task"
+    if not isinstance(given, list) or not given:
+        raise RecipeError("no task is named", where=where, fix="write [task], [[task]], or leave it out")
+    for key in ("data", "teacher"):
+        if key in table:
+            raise RecipeError(f"'{key}' stands beside [[task]]", where=source, fix=f"each [[task]] has its own {key}")
+    found: dict[str, TaskSpec] = {}
+    for index, one in enumerate(given):
+        place = f"{where}[{index}]"
+        one = dict(toml.as_table(one, place))
+        if "head" not in one:
+            raise RecipeError("'head' is missing", where=place, fix="name the student's output for this task: head = …")
+        head = toml.validated(one.pop("head"), Annotated[str, MinLen(1)], f"{place}.head")
+        if head in found:
+            raise RecipeError(f"two tasks have the head '{head}'", where=place, fix="give each its own")
+        own = {key: one.pop(key) for key in ("data", "teacher", "loss") if key in one}
+        if "loss" in table:
+            own.setdefault("loss", table["loss"])
+        task = _part({"name": CLASSIFICATION} | one, place)
+        found[head] = _task(own, head, task, source, folder, f"task[{index}].")
+    return tuple(found.values())
+
+
+CLASSIFICATION = "classification"
+
+
+def _task(table: Mapping[str, Any], head: str | None, task: Part, source: str, folder: Path, prefix: str) -> TaskSpec:
+    for key in ("data", "teacher"):
+        if key not in table:
+            fix = "`edgekd init` writes a recipe to start from"
+            raise RecipeError(f"'{key}' is missing", where=f"{source}: {prefix.rstrip('.')}".rstrip(": "), fix=fix)
+    where = f"{source}: {prefix}data"
+    data = _part(table["data"], where)
+    data = replace(data, options=_placed(data.options, folder, where))
+    teachers = table["teacher"] if isinstance(table["teacher"], list) else [table["teacher"]]
+    if not teachers:
+        raise RecipeError("no teacher is named", where=f"{source}: {prefix}teacher")
+    places = [f"{source}: {prefix}teacher" + (f"[{i}]" if len(teachers) > 1 else "") for i in range(len(teachers))]
+    return TaskSpec(
+        head, task, data,
+        tuple(_teacher(each, place, folder) for each, place in zip(teachers, places, strict=True)),
+        _losses(table["loss"], f"{source}: {prefix}loss") if "loss" in table else None,
+    )  # fmt: skip
+
+
+def _teacher(table: Any, where: str, folder: Path) -> TeacherSpec:
+    table = dict(toml.as_table(table, where))
+    train = toml.read(TrainOptions, table.pop("train", {}), f"{where}.train")
+    weight = toml.validated(table.pop("weight", 1.0), Annotated[float, Gt(0)], f"{where}.weight")
+    return TeacherSpec(_model(table, where, folder), train, weight)
+
+
+def _assistants(tables: Any, where: str, folder: Path) -> tuple[Assistant, ...]:
+    if not isinstance(tables, list):
+        raise RecipeError("it is no list", where=where, fix="write [[distill.assistants]] with model = … for each")
+    found = []
+    for index, table in enumerate(tables):
+        place = f"{where}[{index}]"
+        table = dict(toml.as_table(table, place))
+        epochs = toml.validated(table.pop("epochs", None), Annotated[int, Ge(1)] | None, f"{place}.epochs")
+        found.append(Assistant(_model(table, place, folder), epochs))
+    return tuple(found)
 
 
 def _part(table: Any, where: str) -> Part:
@@ -202,18 +353,10 @@ def _model(table: Any, where: str, folder: Path) -> ModelSpec:
     )
 
 
-def _losses(tables: Any, source: str) -> tuple[LossTerm, ...]:
+def _losses(tables: Any, where: str) -> tuple[LossTerm, ...]:
     if not isinstance(tables, list) or not tables:
-        raise RecipeError(
-            "no loss is named", where=f"{source}: loss", fix='write [[loss]] with name = "kd", or leave it out'
-        )
-    terms = []
-    for index, table in enumerate(tables):
-        where = f"{source}: loss[{index}]"
-        part = _part(table, where)
-        weight = toml.validated(part.options.get("weight", 1.0), Annotated[float, Gt(0)], f"{where}.weight")
-        terms.append(LossTerm(Part(part.name, {k: v for k, v in part.options.items() if k != "weight"}), weight))
-    return tuple(terms)
+        raise RecipeError("no loss is named", where=where, fix='write [[loss]] with name = "kd", or leave it out')
+    return tuple(loss_term(table, f"{where}[{index}]") for index, table in enumerate(tables))
 
 
 def _placed(options: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:

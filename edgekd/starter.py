@@ -34,7 +34,7 @@ model = "resnet8"
 epochs = 80
 precision = "fp32"
 threads = 1
-teacher_views = 8
+views = 8
 
 [augment]
 crop_pixels = 1

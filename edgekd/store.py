@@ -15,11 +15,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgekd.errors import EdgekdError, StoreError
+from edgekd.processes import here
 from edgekd.types import Artifact, Json, Say
 
 MANIFEST = "artifact.json"
@@ -121,20 +122,45 @@ class Store:
             make_folder(folder)
 
     def step(
-        self, step: str, version: int, options: Mapping[str, Any], parents: Sequence[Artifact], build: Build
+        self,
+        step: str,
+        version: int,
+        options: Mapping[str, Any],
+        parents: Sequence[Artifact],
+        build: Build,
+        *,
+        together: bool = False,
     ) -> Artifact:
         """The artifact of this step: the one that is there, else built, checked in and published at once.
 
-        `build` gets a folder that may hold what a killed run left there, and returns the artifact's meta.
+        `build` gets a folder that may hold what a killed run left there, and returns the artifact's meta. Of several
+        processes the first one builds, and the others wait for what it publishes; one that is built `together` is
+        built by all of them at once, and the first one's files and meta are published.
 
         Raises:
             StoreError: the disk is full or read-only.
             EdgekdError: whatever `build` raises; nothing is published then.
         """
-        from filelock import FileLock, Timeout
-
+        processes = here()
         key = key_of(step, version, options, [parent.key for parent in parents])
         final = self._root / f"{step}-{key}"
+        with self._held(step, key) if processes.first else contextlib.nullcontext():
+            found = processes.once(lambda: self._read(final))
+            if found is not None:
+                self._say("cached", step=step, key=key)
+                return found
+            self._say("building", step=step, key=key)
+
+            def made() -> Artifact:
+                return self._build(final, step, key, options, parents, build)
+
+            return made() if together else processes.once(made)
+
+    @contextlib.contextmanager
+    def _held(self, step: str, key: str) -> Iterator[None]:
+        """No other run builds this artifact meanwhile."""
+        from filelock import FileLock, Timeout
+
         lock = FileLock(self._root / ".locks" / f"{step}-{key}")
         try:
             try:
@@ -145,12 +171,7 @@ class Store:
         except OSError as problem:
             raise disk_error(problem, self._root) from problem
         try:
-            found = self._read(final)
-            if found is not None:
-                self._say("cached", step=step, key=key)
-                return found
-            self._say("building", step=step, key=key)
-            return self._build(final, step, key, options, parents, build)
+            yield
         finally:
             lock.release()
 
@@ -161,27 +182,32 @@ class Store:
         try:
             work.mkdir(exist_ok=True)
             meta = dict(build(work))
-            files = {name: [sha256_of(work / name), (work / name).stat().st_size] for name in _files(work)}
-            manifest = {
-                "step": step, "key": key, "options": options, "parents": [parent.key for parent in parents],
-                "meta": meta, "files": files,
-            }  # fmt: skip
-            write_text(work / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
-            for name in files:
-                _sync(work / name)
-            work.rename(final)
-            _sync(self._root)
+            made = Artifact(step=step, key=key, path=final, meta=meta, parents=tuple(p.key for p in parents))
+            return here().once(lambda: self._published(made, work, options))
         except OSError as problem:  # the partial folder stays: the same command goes on from it
             raise disk_error(problem, self._root) from problem
         except EdgekdError as problem:
-            if not isinstance(problem, StoreError) and not _resumable(work):
+            if here().first and not isinstance(problem, StoreError) and not _resumable(work):
                 shutil.rmtree(work, ignore_errors=True)
             raise
         except Exception as problem:  # torch.save and safetensors raise errors of their own on a full disk
             if "No space left" in str(problem) or shutil.disk_usage(self._root).free < 1 << 16:
                 raise disk_error(OSError(errno.ENOSPC, str(problem)), self._root) from problem
             raise
-        return Artifact(step=step, key=key, path=final, meta=meta, parents=tuple(p.key for p in parents))
+
+    def _published(self, made: Artifact, work: Path, options: Mapping[str, Any]) -> Artifact:
+        """Check in what was built, and put it where everybody finds it."""
+        files = {name: [sha256_of(work / name), (work / name).stat().st_size] for name in _files(work)}
+        manifest = {
+            "step": made.step, "key": made.key, "options": options, "parents": list(made.parents),
+            "meta": made.meta, "files": files,
+        }  # fmt: skip
+        write_text(work / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n")
+        for name in files:
+            _sync(work / name)
+        work.rename(made.path)
+        _sync(self._root)
+        return made
 
     def _read(self, final: Path) -> Artifact | None:
         """The finished artifact; a corrupt one is removed, so that it is built again."""

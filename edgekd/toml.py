@@ -73,10 +73,20 @@ def validated(value: object, hint: Any, where: str, *, error: type[EdgekdError] 
         raise error(f"{json.dumps(value, default=str)} does not fit: {message}", where=where + inner) from None
 
 
-def read(cls: type[T], table: object, where: str, *, error: type[EdgekdError] = RecipeError) -> T:
+def as_table(value: object, where: str, *, error: type[EdgekdError] = RecipeError) -> Mapping[str, Any]:
+    """`value`, where it is a table.
+
+    Raises:
+        error: it is none.
+    """
+    if not isinstance(value, Mapping):
+        raise error(f"{json.dumps(value, default=str)} is no table", where=where, expected=f"[{where}] with keys")
+    return value
+
+
+def read(cls: type[T], value: object, where: str, *, error: type[EdgekdError] = RecipeError) -> T:
     """The dataclass `cls` from a TOML table, with its defaults for keys left out; nested dataclasses are read alike."""
-    if not isinstance(table, Mapping):
-        raise error(f"{json.dumps(table, default=str)} is no table", where=where, expected=f"[{where}] with keys")
+    table = as_table(value, where, error=error)
     assert is_dataclass(cls)
     hints = typing.get_type_hints(cls, include_extras=True)
     known(table, hints, where, error=error)
@@ -85,11 +95,11 @@ def read(cls: type[T], table: object, where: str, *, error: type[EdgekdError] = 
         if item.name in table:
             hint, place = hints[item.name], f"{where}.{item.name}"
             nested = is_dataclass(hint) and isinstance(hint, type)
-            value = table[item.name]
+            found = table[item.name]
             if nested:
-                given[item.name] = read(hint, value, place, error=error)
+                given[item.name] = read(hint, found, place, error=error)
             else:
-                given[item.name] = validated(value, hint, place, error=error)
+                given[item.name] = validated(found, hint, place, error=error)
         elif item.default is MISSING and item.default_factory is MISSING:
             raise error(f"'{item.name}' is missing", where=where, fix=f"add {item.name} = … to [{where}]")
     return cls(**given)

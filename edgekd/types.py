@@ -21,6 +21,8 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 Stage: TypeAlias = Literal["teacher", "student", "pruned", "onnx", "quantized", "engine"]
 Origin: TypeAlias = Literal["device", "host", "estimate"]
 Status: TypeAlias = Literal["met", "missed", "cannot tell"]
+# What the label of a sample is: one class; a 0 or a 1 for each label; a class for each point of a grid; numbers.
+LabelForm: TypeAlias = Literal["classes", "flags", "maps", "values"]
 
 
 class Say(Protocol):
@@ -36,6 +38,7 @@ class TensorSpec:
     name: str
     dtype: str  # numpy name: "uint8", "float32", "int64"
     shape: tuple[int | str, ...]
+    values: int | None = None  # of ids: how many there are, each in [0, values); None: not ids, or not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Batch:
 
     indices: np.ndarray  # int64, positions in the split
     inputs: Arrays  # by input name, first dimension as long as `indices`
-    labels: np.ndarray  # int64 class indices
+    labels: np.ndarray  # int64 class indices, or whatever the task takes, first dimension as long as `indices`
 
 
 class Split(Protocol):
@@ -76,13 +79,14 @@ class Dataset:
 
     name: str
     inputs: tuple[TensorSpec, ...]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names of the network's outputs: of classes, of labels, or of values
     train: Split
     calibration: Split  # held out of training; calibration and tuning read it, never `test`
     test: Split
     images: bool  # the one input is an image: it may be augmented as one and normalised inside the graph
     fingerprint: str  # hash of every sample's content, the splits and the classes: equal data, equal string
     notes: tuple[str, ...] = ()  # what was decided while reading: files ignored, images resized, samples left out
+    assets: Mapping[str, bytes] = field(default_factory=dict)  # files an app needs to make inputs, e.g. tokenizer.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +124,23 @@ class TrainOptions:
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.99  # per step; 0 turns the moving average of weights off
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where a measurement at start shows a gain
     threads: Annotated[int, Ge(0)] = 0  # of the CPU; 0: all. Another number gives other last digits
-    teacher_views: Annotated[int, Ge(0)] = 0  # of distillation: epochs after which augmented views come again; 0: never
+    views: Annotated[int, Ge(0)] = 0  # of distillation: epochs after which augmented views come again; 0: never
+    teacher_augment: Literal["input", "output"] = "input"  # output: the teacher sees plain images, its maps are moved
+    cache_gb: Annotated[float, Ge(0)] = (
+        4.0  # of distillation: disk that kept teacher outputs may take; 0: none are kept
+    )
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: where a measurement shows that it pays
 
 
 @dataclass(frozen=True, slots=True)
 class Augment:
-    """Random changes to training images; each is a pure function of (sample, epoch, seed)."""
+    """Random changes to training samples; each is a pure function of (sample, view, seed)."""
 
     crop_pixels: Annotated[int, Ge(0)] = 0  # pad by so much (reflected), crop at a random place
     flip: bool = False  # mirror left and right, every other epoch
     cutout_pixels: Annotated[int, Ge(0)] = 0  # side of a grey square at a random place
+    mixup: Annotated[float, Ge(0)] = 0.0  # α of Beta(α, α), the part of another image mixed in; 1: uniform; 0: none
+    seed: int = 0  # apart from the run's seed, so that runs of several seeds share what a teacher said
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +148,41 @@ class Outputs:
     """What a network gave for one batch: logits (batch × classes) and features by tap name."""
 
     logits: Tensor
-    features: Mapping[str, Tensor] = field(default_factory=dict)
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # batch first, as the module gave them
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One addend of the distillation loss."""
+
+    part: Part
+    weight: float = 1.0
+    pairs: tuple[tuple[str, str], ...] | None = None  # of a feature loss: (student path, teacher path); None: matched
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a head of a network is for: its loss on labels, how it is distilled, and how it is judged.
+
+    outputs: a network's output for it is batch × classes, or batch × classes × grid where `dense`.
+    """
+
+    name: str
+    metric: str  # what the mean of `scores` is called: "accuracy"
+    rows: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    # (output, labels) → what losses see: (rows × classes logits, labels of the rows), ignored rows left out
+    scores: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    # (output, labels) → float64, one for each sample that has something to judge; 1 is perfect, lower is worse
+    decisions: Callable[[np.ndarray], np.ndarray]  # output → what is decided, for the agreement of two networks
+    # Of a dense task the decisions of a split are kept and not its outputs, which are far larger: there `scores`,
+    # `metrics` and `decisions` itself take either.
+    metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]]  # (output, labels) → other figures by name
+    check: Callable[[Dataset], None]  # raises DataError where the labels are not what the task takes
+    label_loss: LossTerm  # what a network is trained by where there is no teacher
+    losses: tuple[LossTerm, ...]  # what a student is distilled by where the recipe names no loss
+    labels: LabelForm = "classes"  # how data parts read labels for it, and how a bundle prints outputs
+    dense: bool = False  # the outputs have a grid behind the classes
+    values: bool = False  # the outputs are values, not logits: losses on class logits are refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +344,7 @@ class Estimate:
 class Budget:
     """What the user allows; None is no limit."""
 
-    max_accuracy_drop: Annotated[float, Ge(0), Le(1)] | None = None  # fraction of test samples, against the teacher
+    max_accuracy_drop: Annotated[float, Ge(0), Le(1)] | None = None  # of the metric, against the teacher; 0.01: a point
     max_latency_ms: Annotated[float, Gt(0)] | None = None
     max_size_bytes: Annotated[int, Gt(0)] | None = None
 
@@ -326,9 +371,9 @@ class Variant:
     size_bytes: int | None
     parameters: int | None
     macs: int | None  # multiply-accumulates for one sample
-    accuracy: Interval | None
+    accuracy: Interval | None  # the report's metric, which is accuracy where samples have one class
     drop: Interval | None  # paired on the same samples, against the teacher
-    agreement: float | None  # fraction of test samples on which it predicts what the teacher predicts
+    agreement: float | None  # fraction of decisions (classes, labels, pixels) that are the teacher's
     parity: Parity | None
     latency_ms: Latency | None
     peak_memory_bytes: int | None
@@ -336,6 +381,7 @@ class Variant:
     estimates: tuple[Estimate, ...]
     verdict: Verdict | None
     missing: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)  # other figures of the task by name: "RMSE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,3 +399,4 @@ class Report:
     timings_s: Mapping[str, float]
     notes: tuple[str, ...] = ()  # what was not done here, and every fallback
     comparisons: tuple[Comparison, ...] = ()  # of latencies measured in the same interleaved rounds
+    metric: str = "accuracy"  # what `accuracy` and `drop` of the variants are

@@ -39,7 +39,8 @@ def variant(
 ) -> Variant:
     """A row with nothing measured but what is given."""
     empty: dict[str, Any] = {field.name: None for field in dataclasses.fields(Variant)}
-    empty |= {"id": name, "stage": stage, "target": target, "precision": precision, "estimates": (), "missing": {}}
+    empty |= {"id": name, "stage": stage, "target": target, "precision": precision, "estimates": ()}
+    empty |= {"missing": {}, "metrics": {}}
     return Variant(**(empty | given))
 
 
@@ -102,12 +103,28 @@ def realistic(*, n: int = 450, budget: Budget = BUDGET) -> Report:
     return finished(rows, budget, comparisons=comparisons)
 
 
+def of_values() -> Report:
+    """A regression: R², which may be below 0, with RMSE and MAE, and no agreement of values."""
+    missing = {"agreement": "values are never the same"}
+    host: dict[str, Any] = {"target": "host", "runtime": "onnxruntime 1.32.0", "missing": missing}
+    rows = [
+        variant("teacher", "teacher", accuracy=Interval(0.912, 0.89, 0.934, 400), metrics={"RMSE": 0.297, "MAE": 0.21},
+                size_bytes=90_000, missing=missing),
+        variant("host-fp32", "onnx", **host, accuracy=Interval(0.905, 0.88, 0.93, 400), size_bytes=30_000,
+                drop=Interval(0.007, -0.002, 0.016, 400), metrics={"RMSE": 0.308, "MAE": 0.22}, latency_ms=latency(1)),
+        variant("host-int8", "quantized", **host, precision="int8", accuracy=Interval(-0.2, -0.5, 0.1, 400),
+                drop=Interval(1.112, 0.8, 1.4, 400), metrics={"RMSE": 1.095, "MAE": 0.9}, latency_ms=latency(0.8),
+                size_bytes=9_000),
+    ]  # fmt: skip
+    return finished(rows, BUDGET, metric="R²")
+
+
 def finished(rows: list[Variant], budget: Budget, **changes: Any) -> Report:
     """A report on these rows, judged and chosen."""
     teacher = rows[0]
-    comparisons = changes.get("comparisons", ())
+    comparisons, metric = changes.get("comparisons", ()), changes.get("metric", "accuracy")
     judged = tuple(
-        v if v.stage in ("teacher", "student") else dataclasses.replace(v, verdict=judge(v, teacher, budget))
+        v if v.stage in ("teacher", "student") else dataclasses.replace(v, verdict=judge(v, teacher, budget, metric))
         for v in rows
     )
     made = Report(

@@ -15,20 +15,25 @@ PACKAGE = Path(__file__).resolve().parent.parent / "edgekd"
 # What may import what: a module imports from the rows above its own, and from its own folder.
 LAYERS = [
     {"types", "errors"},
+    {"processes"},
     {"toml", "units", "store"},
     {"plugins"},
     {"recipe", "target"},
-    {"data", "models", "losses", "backends"},
-    {"graph"},
-    {"distill", "export", "quantize"},
+    {"data", "models", "losses", "tasks", "backends"},
+    {"graph", "correspondence"},
+    {"distillation", "export", "quantize"},
     {"bench"},
     {"report", "bundle"},
     {"deploy"},
     {"measure"},
+    {"training", "direct"},
     {"pipeline", "doctor", "view", "starter", "progress"},
     {"cli"},
+    {"__main__"},
 ]
-TORCH_AT_TOP = {"models", "losses", "distill", "graph", "export", "quantize", "deploy", "pipeline"}
+TORCH_AT_TOP = {
+    "models", "losses", "correspondence", "distillation", "graph", "export", "quantize", "deploy", "training", "direct", "pipeline",
+}  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "manager", "handler", "handlers", "misc"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

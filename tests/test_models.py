@@ -281,6 +281,14 @@ def named(classes): return Flat(classes, lambda y: {"logits": y})
 def whole(classes): return Flat(classes, lambda y: y.argmax(1))
 def nan(classes): return Flat(classes, lambda y: y * float("nan"))
 def fails(classes): return Flat(classes, lambda y: y.reshape(-1, 7))
+def grid(classes): return nn.Conv2d(3, classes, 3, 2, 1)
+class Heads(nn.Module):
+    def __init__(self, classes, odd=""):
+        super().__init__()
+        self.heads = nn.ModuleDict({head: nn.Linear(3072, count) for head, count in classes.items() if head != odd})
+    def forward(self, x): return {head: layer(x.flatten(1)) for head, layer in self.heads.items()}
+def heads(classes): return Heads(classes)
+def one_head_short(classes): return Heads(classes, "b")
 def nothing(classes): return None
 def frozen(classes, inputs, *, rate=0.5):
     m = nn.Sequential(nn.Flatten(), nn.Linear(3072, classes), nn.Dropout(rate))
@@ -303,6 +311,27 @@ def test_a_users_model_of_named_inputs(own: str) -> None:
     assert network(torch.zeros(3, 5, dtype=torch.int64), torch.ones(3, 5)).shape == (3, 10)
     with pytest.raises(ModelError, match="mean and std are for images"):
         build(ModelSpec(f"{own}:tokens", mean=(0.5,)), classes=10, inputs=inputs, images=False)
+
+
+def test_a_dense_model_has_a_grid_behind_its_classes(own: str) -> None:
+    network = build(ModelSpec(f"{own}:grid"), classes=4, inputs=RGB, images=True, dense=True)
+    assert network(photos(RGB)).shape == (2, 4, 16, 16)
+    with pytest.raises(
+        ModelError, match=r"float32 of shape \(2, 4, 16, 16\); expected .* logits of shape \(2, 4\) for"
+    ):
+        build(ModelSpec(f"{own}:grid"), classes=4, inputs=RGB, images=True)
+    with pytest.raises(ModelError, match=r"float32 of shape \(2, 4\); expected .* logits of shape \(2, 4, grid\) for"):
+        build(ModelSpec("resnet8"), classes=4, inputs=RGB, images=True, dense=True)
+
+
+def test_a_model_of_several_heads_gives_a_dictionary(own: str) -> None:
+    heads = {"a": 3, "b": 5}
+    output = build(ModelSpec(f"{own}:heads"), classes=heads, inputs=RGB, images=True)(photos(RGB))
+    assert {head: tuple(logits.shape) for head, logits in output.items()} == {"a": (2, 3), "b": (2, 5)}
+    with pytest.raises(ModelError, match="expected a dictionary of logits: 'a', 'b'"):
+        build(ModelSpec(f"{own}:one_head_short"), classes=heads, inputs=RGB, images=True)
+    with pytest.raises(ModelError, match="resnet8: it has one head, and several tasks are asked for"):
+        build(ModelSpec("resnet8"), classes=heads, inputs=RGB, images=True)
 
 
 def test_a_users_model_keeps_its_modes_and_the_random_state(own: str) -> None:

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from sample_report import BUDGET, finished, latency, realistic, variant
+from sample_report import BUDGET, finished, latency, of_values, realistic, variant
 
 from edgekd import report
 from edgekd.bench.accuracy import wilson
@@ -44,13 +44,14 @@ def hostile() -> Report:
     rows = tuple(
         dataclasses.replace(
             v, id=v.id + HOSTILE, runtime=HOSTILE, missing=dict.fromkeys(v.missing, HOSTILE), path=HOSTILE,
+            metrics={HOSTILE: 0.5},
         )
         for v in made.variants
     )  # fmt: skip
     return dataclasses.replace(
         made, name=HOSTILE, variants=rows, teacher=rows[0].id, notes=(HOSTILE,), environment={HOSTILE: HOSTILE},
         chosen={t: c and c + HOSTILE for t, c in made.chosen.items()}, recipe_sha256=HOSTILE, timings_s={HOSTILE: 1.0},
-        comparisons=tuple(dataclasses.replace(c, candidate=HOSTILE) for c in made.comparisons),
+        comparisons=tuple(dataclasses.replace(c, candidate=HOSTILE) for c in made.comparisons), metric=HOSTILE,
     )  # fmt: skip
 
 
@@ -67,6 +68,7 @@ EDGES: dict[str, Report] = {
     ),
     "no targets": finished([TEACHER, variant("v", "onnx", accuracy=wilson(450, 450))], BUDGET),
     "bare": finished([TEACHER], Budget(), environment={}, timings_s={}, notes=()),
+    "regression": of_values(),
     "hostile": hostile(),
 }  # fmt: skip
 
@@ -122,6 +124,24 @@ def test_the_headline_says_what_a_person_wants_to_know() -> None:
     assert (jetson.kind, jetson.lead) == ("try", "Try jetson-fp16 first on jetson:")
     assert jetson.because[0] == "Whether it keeps the budget cannot be told yet."
     assert "TensorRT is not installed here" in jetson.because[1]
+
+
+def test_another_metric_is_called_by_its_name() -> None:
+    made = of_values()
+    (host,) = story.headlines(made)
+    assert host.body == "R² 90.5 % (teacher 91.2 %, −0.7 points), 3.0× smaller, 1.00 ms on AMD EPYC."
+    assert made.variants[2].verdict is not None
+    assert made.variants[2].verdict.reasons[0].startswith("R² drop: 111.2 points [+80.0, +140.0] on 400 samples")
+    noted, page = markdown(made), Page(html(made))
+    for text in (noted, page.text):
+        assert "accura" not in text.lower()
+        assert "R² drop at most 1 point" in text
+        assert "RMSE" in text
+        assert "−20.0 %" in text
+        assert "values are never the same" in text
+    assert "| 0.308 | 0.220 |" in noted
+    for words in ("R² against latency", "R², %", "Where R² was lost", "R² with its 95 % interval"):
+        assert words in page.text, words
 
 
 def test_the_headline_of_nothing_names_the_reasons() -> None:
@@ -183,6 +203,8 @@ def test_another_budget_gives_other_verdicts() -> None:
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
+        (figures.titled("pixel accuracy"), "Pixel accuracy"),
+        (figures.titled("mIoU"), "mIoU"),
         (figures.percent(0.99149, 450), "99.1 %"),
         (figures.percent(0.99149, 10_000), "99.15 %"),
         (figures.percent(0.9999, 450), "99.9 %"),

@@ -18,7 +18,7 @@ class ArraySplit:
 
     Args:
         inputs: arrays by input name, samples first.
-        labels: int64 class indices, as long as every input.
+        labels: as the task takes them, as long as every input.
         rows: int64 positions of this split's samples in the arrays.
     """
 
@@ -27,6 +27,12 @@ class ArraySplit:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of every sample, in order."""
+        labels: np.ndarray = self._labels[self._rows]
+        return labels
 
     def batches(self, order: Sequence[np.ndarray]) -> Iterator[Batch]:
         """One Batch for each index array, in that order."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from edgekd.data.labels import labels_of
 from edgekd.data.splits import array_pool, assemble, listed
 from edgekd.errors import DataError, nearest
-from edgekd.types import Arrays, Dataset, TensorSpec
+from edgekd.types import Arrays, Dataset, LabelForm, TensorSpec
 
 _STORED_AS = {"float64": "float32", "uint16": "int32", "uint32": "int64"}  # what torch and devices compute with
 _KINDS = "biuf"
@@ -21,24 +22,28 @@ def npz(
     seed: int,
     *,
     path: str,
+    labels: LabelForm | None = None,
     test_fraction: float = 0.2,
     calibration: int | None = None,
 ) -> Dataset:
     """Arrays `x_train`, `y_train` and, where there is a test split, `x_test`, `y_test`; or just `x` and `y`.
 
-    `y` are integer class indices or names. Every other array is an input under its own name (`ids_train` and
-    `mask_train` are the inputs `ids` and `mask`), samples first; `classes` may name the classes. One uint8 input of
-    shape (N, height, width, channels) or (N, height, width) is taken for images. Nothing in the file is unpickled.
+    `y` are integer class indices or names; for other tasks zeros and ones (N, labels), class indices on a grid
+    (N, height, width), or numbers (N, values). Every other array is an input under its own name (`ids_train` and
+    `mask_train` are the inputs `ids` and `mask`), samples first; `classes` may name the classes, labels or values. One
+    uint8 input of shape (N, height, width, channels) or (N, height, width) is taken for images. Nothing in the file
+    is unpickled.
 
     Args:
         seed: of the division into train, calibration and test.
         path: the .npz file.
+        labels: what `y` is: "classes", "flags", "maps" or "values"; left out: what the task takes.
         test_fraction: fraction of the samples to test on, where there is no test split.
         calibration: samples held out of training; left out: min(512, a tenth of the training samples).
 
     Raises:
-        DataError: no such file, Python objects in it, arrays missing or of different lengths, labels that are not
-            class indices, NaN or infinite values.
+        DataError: no such file, Python objects in it, arrays missing or of different lengths, labels of another form,
+            NaN or infinite values.
     """
     where = str(path)
     arrays = _read(Path(path).expanduser())
@@ -54,17 +59,19 @@ def npz(
     unused = sorted(name for name in arrays if split and not name.endswith(("_train", "_test")))
     if unused:
         raise DataError(f"arrays of no split: {listed(unused)}", where=where, expected="names in _train and _test")
-    labels, classes = label_indices([part[1] for part in parts], given_classes, where)
+    form = labels or "classes"
+    stored_labels, classes = labels_of([part[1] for part in parts], given_classes, form, where)
     images = _is_image(train, where)
     notes: list[str] = []
     stored = [_stored(inputs, images, where, notes) for inputs, _ in parts]
-    pools = [array_pool(inputs, y) for inputs, y in zip(stored, labels, strict=True)]
+    pools = [array_pool(inputs, y) for inputs, y in zip(stored, stored_labels, strict=True)]
     return assemble(
         Path(path).stem,
         tuple(TensorSpec(name, str(a.dtype), ("batch", *a.shape[1:])) for name, a in stored[0].items()),
         classes,
         pools[0],
         pools[1] if len(pools) > 1 else None,
+        form=form,
         images=images,
         seed=seed,
         test_fraction=test_fraction,
@@ -72,38 +79,6 @@ def npz(
         where=where,
         notes=tuple(dict.fromkeys(notes)),
     )
-
-
-def label_indices(
-    labels: Sequence[np.ndarray], classes: np.ndarray | Sequence[str] | None, where: str
-) -> tuple[list[np.ndarray], tuple[str, ...]]:
-    """Labels of each split as int64 class indices, and the names of the classes.
-
-    Labels may be integers, whole numbers stored as floats, or names; names are sorted where `classes` is None.
-
-    Raises:
-        DataError: labels that are none of these, or that name no class.
-    """
-    labels = [y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y for y in labels]
-    for y in labels:
-        if y.ndim != 1:
-            fix = "take its argmax" if y.ndim == 2 else ""
-            raise DataError(f"labels have shape {y.shape}", where=where, expected="one integer a sample", fix=fix)
-    names = None if classes is None else tuple(str(name) for name in np.asarray(classes).ravel())
-    if labels[0].dtype.kind in "US":
-        words = [y.astype(str) for y in labels]
-        names = names or tuple(sorted({str(word) for y in words for word in y}))
-        position = {name: index for index, name in enumerate(names)}
-        unknown = sorted({str(word) for y in words for word in y} - set(names))
-        if unknown:
-            raise DataError(f"labels that are not in classes: {listed(unknown)}", where=where)
-        return [np.array([position[str(word)] for word in y], dtype=np.int64) for y in words], names
-    for y in labels:
-        if y.dtype.kind not in _KINDS or (y.dtype.kind == "f" and not np.array_equal(y, np.floor(y))):
-            raise DataError(f"labels are {y.dtype} values", where=where, expected="integer class indices, or names")
-    indices = [y.astype(np.int64) for y in labels]
-    highest = max((int(y.max()) for y in indices if len(y)), default=-1)
-    return indices, names or tuple(str(label) for label in range(highest + 1))
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:

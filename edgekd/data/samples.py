@@ -16,11 +16,11 @@ from edgekd.data import images
 from edgekd.data.arrays import ArraySplit
 from edgekd.data.imagefolder import IN_MEMORY_BYTES, settled
 from edgekd.data.images import Plan, UnreadableError
-from edgekd.data.npz import label_indices
+from edgekd.data.labels import labels_of
 from edgekd.data.splits import Pool, assemble
 from edgekd.data.streams import StreamedSplit, cores
 from edgekd.errors import DataError
-from edgekd.types import Arrays, Dataset, TensorSpec
+from edgekd.types import Arrays, Dataset, LabelForm, TensorSpec
 
 _FORMS = "a torch Dataset with __len__ and __getitem__, a (train, test) pair, or {'train': …, 'test': …}"
 _SAMPLE = "(input, label), or a dictionary of arrays with a 'label'"
@@ -29,7 +29,7 @@ _PICKLED_BYTES = 64 << 20  # a data set that pickles to more is read in this pro
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How samples are kept and divided; the same options as imagefolder's."""
+    """How samples are kept and divided; the same options as imagefolder's, and what their labels are."""
 
     seed: int
     test_fraction: float = 0.2
@@ -38,6 +38,7 @@ class Reading:
     channels: int | None = None
     memory_bytes: int = IN_MEMORY_BYTES
     workers: int | None = None
+    labels: LabelForm = "classes"
 
 
 @dataclass(slots=True)
@@ -55,13 +56,15 @@ class _Survey:
 def wrapped(value: object, name: str, reading: Reading) -> Dataset:
     """The Dataset that `value` stands for.
 
-    A sample is (input, label) or a dictionary with a "label" (or "labels") beside its named inputs. An input that is
+    A sample is (input, label) or a dictionary with a "label" (or "labels") beside its named inputs. A label is an
+    integer or a name; for other tasks an array of zeros and ones, of class indices on a grid (an array, a tensor or a
+    PIL image), or a number or an array of them. An input that is
     a PIL image, a uint8 array (height × width or height × width × channels) or a uint8 tensor (channels × height ×
     width, as torchvision has it) is an image; any other array or tensor is passed to the network as it is. Samples
     are read once and kept in memory where they fit; a data set that changes them at random is so frozen.
 
     Raises:
-        DataError: it is none of these, samples differ in form or shape, or labels are not class indices.
+        DataError: it is none of these, samples differ in form or shape, or labels are not what the task takes.
     """
     parts = _parts(value, name)
     surveys = []
@@ -82,7 +85,8 @@ def wrapped(value: object, name: str, reading: Reading) -> Dataset:
     else:
         _equal_shapes(shapes, name)
     own = getattr(surveys[0].source, "classes", None)
-    labels, classes = label_indices([_label_array(s.labels, name) for s in surveys], _class_names(own), name)
+    given = [_label_array(survey.labels, reading.labels, name) for survey in surveys]
+    labels, classes = labels_of(given, _class_names(own), reading.labels, name)
     specs = _specs(shapes[0], plan)
     workers = cores() if reading.workers is None else reading.workers
     pools = [_pool(s, y, specs, plan, workers, name) for s, y in zip(surveys, labels, strict=True)]
@@ -92,6 +96,7 @@ def wrapped(value: object, name: str, reading: Reading) -> Dataset:
         classes,
         pools[0],
         pools[1] if len(pools) > 1 else None,
+        form=reading.labels,
         images=plan is not None,
         seed=reading.seed,
         test_fraction=reading.test_fraction,
@@ -219,7 +224,17 @@ def _equal_shapes(shapes: Sequence[dict[str, tuple[str, tuple[int, ...]]]], name
             )
 
 
-def _label_array(labels: Sequence[Any], name: str) -> np.ndarray:
+def _label_array(labels: Sequence[Any], form: LabelForm, name: str) -> np.ndarray:
+    if form != "classes":
+        arrays = [_array(label, f"{name}: the label of sample {index}") for index, label in enumerate(labels)]
+        odd = next((index for index, array in enumerate(arrays) if array.shape != arrays[0].shape), None)
+        if odd is not None:
+            raise DataError(
+                f"the label of sample {odd} has shape {arrays[odd].shape}, that of sample 0 {arrays[0].shape}",
+                where=name,
+                fix="bring them to one shape; images and their label maps together",
+            )
+        return np.stack(arrays)
     plain = [label.item() if hasattr(label, "item") and getattr(label, "ndim", 0) == 0 else label for label in labels]
     for index, label in enumerate(plain):
         if isinstance(label, bool) or not isinstance(label, (int, float, str)):
@@ -228,6 +243,7 @@ def _label_array(labels: Sequence[Any], name: str) -> np.ndarray:
                 f"the label of sample {index} is a {type(label).__name__}{shape}",
                 where=name,
                 expected="an integer class index, or a name",
+                fix='[task] name = … says what else labels are: "multilabel", "segmentation" or "regression"',
             )
     return np.array(plain)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgekd.data.arrays import ArraySplit
 from edgekd.errors import DataError
-from edgekd.types import Arrays, Dataset, Split, TensorSpec
+from edgekd.types import Arrays, Dataset, LabelForm, Split, TensorSpec
 
 CALIBRATION_SAMPLES = 512  # enough for the ranges of activations; more changed no accuracy we measured
 CALIBRATION_FRACTION = 0.1  # never more than this of the training samples, unless it is asked for
@@ -23,7 +23,7 @@ class Pool:
     """Samples that come from one place and are still to be divided.
 
     Attributes:
-        labels: int64 class indices, one a sample.
+        labels: as the task takes them, samples first.
         digests: sha256 of each sample's content, in the same order.
         take: positions in the pool → the split that holds them.
     """
@@ -133,38 +133,49 @@ def assemble(
     test_fraction: float,
     calibration: int | None,
     where: str,
+    held_out: Pool | None = None,
+    form: LabelForm = "classes",
     notes: Sequence[str] = (),
 ) -> Dataset:
     """Divides the pools and makes the Dataset, with its fingerprint.
 
-    `test_fraction` counts only where there is no test pool; calibration samples always come out of `train`.
+    `test_fraction` counts only where there is no test pool. Calibration samples are all of `held_out`, which comes
+    with a test pool; where there is none, they come out of `train`. Only labels of the form "classes" are divided by
+    class; others at random.
 
     Raises:
-        DataError: too few samples or classes, labels that name no class, a class that cannot be learned.
+        DataError: too few samples or classes, labels that name no class, a class or a value that cannot be learned.
     """
-    pools = [train] if test is None else [train, test]
-    _check_labels(pools, classes, where)
-    fraction = test_fraction if test is None else None
-    division = divide(train.labels, seed=seed, test_fraction=fraction, calibration=calibration, where=where)
-    tested, test_rows = (train, division.test) if test is None else (test, np.arange(len(test.labels)))
-    parts = [(train, division.train), (train, division.calibration), (tested, test_rows)]
+    pools = [pool for pool in (train, held_out, test) if pool is not None]
+    _check_labels(pools, classes, form, where)
+    if held_out is not None:
+        assert test is not None
+        parts = [(pool, np.arange(len(pool.labels))) for pool in (train, held_out, test)]
+    else:
+        fraction = test_fraction if test is None else None
+        strata = train.labels if form == "classes" else np.zeros(len(train.labels), np.int64)
+        division = divide(strata, seed=seed, test_fraction=fraction, calibration=calibration, where=where)
+        tested, test_rows = (train, division.test) if test is None else (test, np.arange(len(test.labels)))
+        parts = [(train, division.train), (train, division.calibration), (tested, test_rows)]
+    splits = [pool.take(rows) for pool, rows in parts]
     return Dataset(
         name=name,
         inputs=inputs,
         classes=tuple(classes),
-        train=train.take(division.train),
-        calibration=train.take(division.calibration),
-        test=tested.take(test_rows),
+        train=splits[0],
+        calibration=splits[1],
+        test=splits[2],
         images=images,
         fingerprint=_fingerprint(inputs, classes, parts),
-        notes=(*notes, *_doubts(parts, classes)),
+        notes=(*notes, *_doubts(parts, classes, form, where)),
     )
 
 
-def _check_labels(pools: Sequence[Pool], classes: Sequence[str], where: str) -> None:
+def _check_labels(pools: Sequence[Pool], classes: Sequence[str], form: LabelForm, where: str) -> None:
     for pool in pools:
         if len(pool.labels) == 0:
             raise DataError("a split has no samples", where=where)
+    for pool in pools if form == "classes" else ():  # which numbers in a map are no class is the task's to check
         wrong = pool.labels[(pool.labels < 0) | (pool.labels >= len(classes))]
         if len(wrong):
             raise DataError(
@@ -172,15 +183,17 @@ def _check_labels(pools: Sequence[Pool], classes: Sequence[str], where: str) -> 
                 where=where,
                 expected=f"integers from 0 to {len(classes) - 1}, for {len(classes)} classes",
             )
-    if len(classes) < 2:
+    if len(classes) < 2 and form in ("classes", "maps"):
         raise DataError(f"there is {len(classes)} class ({', '.join(classes)})", where=where, expected="at least two")
+    if form != "classes":
+        return
     unknown = np.setdiff1d(pools[-1].labels, pools[0].labels)
     if len(unknown):
         names = listed([f"'{classes[label]}'" for label in unknown])
         raise DataError(f"the test split has classes that training never sees: {names}", where=where)
 
 
-def _doubts(parts: Sequence[tuple[Pool, np.ndarray]], classes: Sequence[str]) -> list[str]:
+def _doubts(parts: Sequence[tuple[Pool, np.ndarray]], classes: Sequence[str], form: LabelForm, where: str) -> list[str]:
     """What a careful reader of the accuracies wants to know about the splits."""
     (train, train_rows), (held, held_rows), (tested, test_rows) = parts
     notes = []
@@ -189,10 +202,32 @@ def _doubts(parts: Sequence[tuple[Pool, np.ndarray]], classes: Sequence[str]) ->
     if seen:
         notes.append(f"{seen} of {len(test_rows)} test samples are exact copies of training samples")
     for split, pool, rows in (("training", train, train_rows), ("test", tested, test_rows)):
-        absent = np.setdiff1d(np.arange(len(classes)), pool.labels[rows])
+        labels = pool.labels[rows]
+        if form == "values":
+            notes += _of_values(labels, classes, split, where)
+            continue
+        found = np.flatnonzero(labels.any(axis=0)) if form == "flags" else labels
+        absent = np.setdiff1d(np.arange(len(classes)), found)
         if len(absent):
             names = listed([f"'{classes[label]}'" for label in absent])
-            notes.append(f"{len(absent)} classes have no {split} sample: {names}")
+            what = "labels" if form == "flags" else "classes"
+            notes.append(f"{len(absent)} {what} have no {split} sample: {names}")
+    return notes
+
+
+def _of_values(labels: np.ndarray, names: Sequence[str], split: str, where: str) -> list[str]:
+    """Values that never change are refused; of what is hard to learn a note says how it would be easier."""
+    notes = []
+    for name, mean, spread in zip(names, labels.mean(0, np.float64), labels.std(0, np.float64), strict=True):
+        if spread == 0:
+            raise DataError(
+                f"the value '{name}' is {mean:g} in every {split} sample", where=where, expected="values that differ"
+            )
+        if split == "training" and not (0.1 <= spread <= 10 and abs(mean) <= 10):
+            notes.append(
+                f"the value '{name}' has mean {mean:.4g} and standard deviation {spread:.4g}: a network learns "
+                f"(y - {mean:.4g}) / {spread:.4g} with less trouble"
+            )
     return notes
 
 
@@ -202,7 +237,13 @@ def _fingerprint(inputs: Sequence[TensorSpec], classes: Sequence[str], parts: Se
     digest.update(json.dumps([specs, list(classes)]).encode())
     for pool, rows in parts:
         digest.update(len(rows).to_bytes(8, "little"))
-        digest.update(pool.labels[rows].astype("<i8").tobytes())
+        kind = "<f4" if pool.labels.dtype.kind == "f" else "<i8"
+        if pool.labels.ndim > 1:
+            digest.update(f"{kind} {pool.labels.shape[1:]}".encode())
+            for row in rows:  # one by one, since all label maps at once would be large
+                digest.update(pool.labels[row].astype(kind).tobytes())
+        else:
+            digest.update(pool.labels[rows].astype(kind).tobytes())
         for row in rows:
             digest.update(pool.digests[row])
     return digest.hexdigest()

@@ -32,7 +32,7 @@ class StreamedSplit:
 
     Args:
         source: where samples come from.
-        labels: int64 class indices of all samples of the source.
+        labels: of all samples of the source, as the task takes them.
         rows: int64 positions of this split's samples in the source.
         workers: processes that read ahead; 0 reads in this one.
     """
@@ -42,6 +42,12 @@ class StreamedSplit:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of every sample, in order; nothing is read for them."""
+        labels: np.ndarray = self._labels[self._rows]
+        return labels
 
     def batches(self, order: Sequence[np.ndarray]) -> Iterator[Batch]:
         """One Batch for each index array, in that order."""

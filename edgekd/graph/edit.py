@@ -164,7 +164,7 @@ def _rename(graph: ir.Graph) -> None:
             node.outputs[0].name = node.name
         for index, value in enumerate(node.outputs[1:], start=1):
             if not value.is_graph_output() and value.name:
-                value.name = f"{node.name}.{index}"
+                value.name = f"{node.name}.out{index}"  # an initializer may be called {node.name}.{index}
     unused = [value for value in graph.initializers.values() if value not in constants]
     for value in unused:
         if not value.is_graph_output():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,7 +20,14 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SYMBOLIC_SIZE = 16  # what a dimension without a fixed size is tried with
 
 
-def build(spec: ModelSpec, *, classes: int, inputs: tuple[TensorSpec, ...], images: bool) -> Network:
+def build(
+    spec: ModelSpec,
+    *,
+    classes: int | Mapping[str, int],
+    inputs: tuple[TensorSpec, ...],
+    images: bool,
+    dense: bool = False,
+) -> Network:
     """The network a recipe names, with its weights and its preprocessing, tried once on a batch of two.
 
     Mean and std are the recipe's, else the model's own (its `pretrained_cfg`, as timm has it), else ImageNet's for
@@ -27,22 +35,52 @@ def build(spec: ModelSpec, *, classes: int, inputs: tuple[TensorSpec, ...], imag
 
     Args:
         spec: the model, its options and weights.
-        classes: number of logits.
+        classes: number of outputs; of a network with several heads, whose forward returns a dictionary, by head.
         inputs: the samples as they are stored, batch dimension first.
         images: whether the one input is a uint8 image to be normalised inside the network.
+        dense: whether outputs have a grid behind the classes.
 
     Raises:
         PartError: there is no such model, or it does not take an option.
-        ModelError: it cannot be built or loaded, or does not give (batch × classes) floating-point logits.
+        ModelError: it cannot be built or loaded, or does not give (batch × classes) floating-point logits, with a
+            grid behind where `dense`, for each head.
     """
+    if isinstance(classes, Mapping):
+        _check_heads(spec)
     module = plugins.build("models", Part(spec.name, spec.options), classes, inputs, where=f"model {spec.name}")
     if not isinstance(module, nn.Module):
         raise ModelError(f"it returned a {type(module).__name__}", where=spec.name, expected="a torch.nn.Module")
     if spec.weights is not None:
         weights.load(spec.weights, module)
+    return adopted(module, spec, classes=classes, inputs=inputs, images=images, dense=dense)
+
+
+def adopted(
+    module: nn.Module,
+    spec: ModelSpec,
+    *,
+    classes: int | Mapping[str, int],
+    inputs: tuple[TensorSpec, ...],
+    images: bool,
+    dense: bool = False,
+) -> Network:
+    """A module that is there already as a network, with the mean and std of `spec`; otherwise as `build`."""
     network = Network(module, inputs, _preprocessing(spec, module, inputs, images))
-    _try(network, classes, spec.name)
+    _try(network, classes, dense, spec.name)
     return network
+
+
+def _check_heads(spec: ModelSpec) -> None:
+    """A model whose signature asks for one number of classes has one head."""
+    bound = plugins.bind("models", Part(spec.name, spec.options), where=f"model {spec.name}")
+    first = next(iter(inspect.signature(bound).parameters.values()), None)
+    if first is not None and first.annotation in (int, "int"):
+        raise ModelError(
+            "it has one head, and several tasks are asked for",
+            where=spec.name,
+            expected="a model that takes {head: classes} and returns {head: logits}",
+            fix="name a model of your own as package.module:callable",
+        )
 
 
 def _preprocessing(
@@ -76,7 +114,7 @@ def _defaults(own: Mapping[str, object], channels: int) -> tuple[tuple[float, ..
     return (0.5,) * channels, (0.5,) * channels
 
 
-def _try(network: Network, classes: int, name: str) -> None:
+def _try(network: Network, classes: int | Mapping[str, int], dense: bool, name: str) -> None:
     """One forward pass of two empty samples, which leaves modes and random state as they were."""
     samples = []
     for spec in network.inputs:
@@ -95,10 +133,22 @@ def _try(network: Network, classes: int, name: str) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
-    expected = f"floating-point logits of shape (2, {classes}) for a batch of two ({given})"
+    if not isinstance(classes, Mapping):
+        _check_output(output, classes, dense, f"for a batch of two ({given})", name)
+        return
+    if not isinstance(output, Mapping) or set(output) != set(classes):
+        heads = ", ".join(f"'{head}'" for head in classes)
+        raise ModelError(f"it returns {_told(output)}", where=name, expected=f"a dictionary of logits: {heads}")
+    for head, count in classes.items():
+        _check_output(output[head], count, dense, f"from the head '{head}' for a batch of two ({given})", name)
+
+
+def _check_output(output: object, classes: int, dense: bool, source: str, name: str) -> None:
+    grid = ", grid" if dense else ""
+    expected = f"floating-point logits of shape (2, {classes}{grid}) {source}"
     if not isinstance(output, Tensor):
         raise ModelError(f"it returns {_told(output)}", where=name, expected=expected, fix="return the logits alone")
-    if output.shape != (2, classes) or not output.is_floating_point():
+    if output.shape[:2] != (2, classes) or (output.ndim > 2) != dense or not output.is_floating_point():
         raise ModelError(f"it returns {_told(output)}", where=name, expected=expected)
     if not torch.isfinite(output).all():
         raise ModelError("it returns NaN or infinite logits for empty samples", where=name)

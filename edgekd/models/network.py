@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,8 @@ class Network(nn.Module):
     adds no key to the state: `network.module.state_dict()` is the module's own.
 
     Args:
-        module: takes what `prepare` gives, returns logits (batch × classes).
+        module: takes what `prepare` gives, returns logits (batch × classes, or batch × classes × grid), or values;
+            one of several heads returns a dictionary of them by head.
         inputs: the samples as they are stored, batch dimension first.
         preprocessing: None where the inputs are no image.
     """
@@ -35,10 +38,10 @@ class Network(nn.Module):
             self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
             self.register_buffer("offset", (-mean / std).float(), persistent=False)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits (batch × classes) of samples as they are stored."""
-        logits: Tensor = self.module(*self.prepare(*inputs))
-        return logits
+    def forward(self, *inputs: Tensor) -> Tensor | Mapping[str, Tensor]:
+        """What the module says of samples as they are stored."""
+        output: Tensor | Mapping[str, Tensor] = self.module(*self.prepare(*inputs))
+        return output
 
     def prepare(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """What the module takes, from samples as they are stored.

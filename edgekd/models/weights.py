@@ -167,7 +167,7 @@ def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _fitted(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The state with those prefixes dropped that make most keys fit."""
+    """The state with those prefixes dropped, or the one of a wrapper (models/hf.py) added, that make most keys fit."""
     own = module.state_dict().keys()
     best, most = dict(state), len(own & state.keys())
     for depth in (1, 2, 3):
@@ -175,7 +175,8 @@ def _fitted(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]
             renamed = {_without(key, prefixes): value for key, value in state.items()}
             if len(renamed) == len(state) and len(own & renamed.keys()) > most:
                 best, most = renamed, len(own & renamed.keys())
-    return best
+    wrapped = {f"model.{key}": value for key, value in state.items()}
+    return wrapped if len(own & wrapped.keys()) > most else best
 
 
 def _without(key: str, prefixes: Sequence[str]) -> str:

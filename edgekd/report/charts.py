@@ -1,4 +1,4 @@
-"""The charts of the report: accuracy against cost, and accuracy stage by stage."""
+"""The charts of the report: the metric against cost, and the metric stage by stage."""
 
 from __future__ import annotations
 
@@ -44,9 +44,15 @@ class Limits:
 
 
 def scatter(
-    points: Sequence[Point], limits: Limits, cost_name: str, shown: Callable[[float], str], width: int, height: int
+    points: Sequence[Point],
+    limits: Limits,
+    metric: str,
+    cost_name: str,
+    shown: Callable[[float], str],
+    width: int,
+    height: int,
 ) -> Markup:
-    """Accuracy (upwards) against a cost (to the right), with intervals as bars and the budget as dashed lines."""
+    """The metric (upwards) against a cost (to the right), with intervals as bars and the budget as dashed lines."""
     frame = Box(50.0, 22.0, width - 14.0, height - 44.0)
     costs = [edge for p in points for edge in (p.cost_low, p.cost_high)]
     marks = [p.cost for p in points] + ([limits.cost] if limits.cost is not None else [])
@@ -64,18 +70,22 @@ def scatter(
     y = svg.padded(heights, frame.bottom, frame.top, logarithmic=False, share=0.07, above=0.15)  # room for labels
     below = far and limits.cost is not None and limits.cost < min(costs)
     drawn = Limits(limits.accuracy, None if far else limits.cost, out_of_reach=below)
-    parts = [_grid(frame, x, y, shown, cost_name), _budget(frame, x, y, drawn), *(_bars(p, x, y) for p in points)]
+    parts = [
+        _grid(frame, x, y, shown, metric, cost_name),
+        _budget(frame, x, y, drawn),
+        *(_bars(p, x, y) for p in points),
+    ]
     parts += [_mark(p, x, y) for p in sorted(points, key=lambda p: p.kind == "chosen")]
     parts += _labels(points, x, y, frame)
-    return _chart(f"Accuracy against {cost_name}", _told(points, shown), parts, width, height)
+    return _chart(f"{figures.titled(metric)} against {cost_name}", _told(points, shown), parts, width, height)
 
 
-def steps(stages: Sequence[Step], width: int, height: int) -> Markup:
-    """Accuracy of each stage as a step, with its interval, and the change from the stage before in points."""
+def steps(stages: Sequence[Step], metric: str, width: int, height: int) -> Markup:
+    """The metric of each stage as a step, with its interval, and the change from the stage before in points."""
     frame = Box(50.0, 36.0, width - 14.0, height - 34.0)
     heights = [edge for s in stages for edge in (s.accuracy.low, s.accuracy.high)]
     y = svg.padded(heights, frame.bottom, frame.top, logarithmic=False, share=0.1)
-    parts = [_rows(frame, y)]
+    parts = [_rows(frame, y, metric)]
     wide = (frame.right - frame.left) / len(stages)
     for index, stage in enumerate(stages):
         left, right, at = frame.left + index * wide, frame.left + (index + 1) * wide, y.px(stage.accuracy.value)
@@ -95,7 +105,7 @@ def steps(stages: Sequence[Step], width: int, height: int) -> Markup:
         label = svg.shortened(stage.label, max(4, int(wide / 6.4)))
         parts.append(element("text", label, cls="tick", x=middle, y=frame.bottom + 19, text_anchor="middle"))
     told = "; ".join(f"{s.label}: {figures.percent(s.accuracy.value, s.accuracy.n)}" for s in stages)
-    return _chart("Accuracy stage by stage", told, parts, width, height)
+    return _chart(f"{figures.titled(metric)} stage by stage", told, parts, width, height)
 
 
 def _direction(change: float, n: int) -> str:
@@ -115,8 +125,8 @@ def _told(points: Sequence[Point], shown: Callable[[float], str]) -> str:
     return "; ".join(f"{p.label}: {figures.percent(p.accuracy.value, p.accuracy.n)} at {shown(p.cost)}" for p in points)
 
 
-def _rows(frame: Box, y: Axis) -> Markup:
-    """Horizontal grid lines with their accuracy."""
+def _rows(frame: Box, y: Axis, metric: str) -> Markup:
+    """Horizontal grid lines with the metric there."""
     ticks = [tick for tick in y.ticks(5) if tick <= 1 + 1e-9]
     decimals = 0 if all(abs(t * 100 - round(t * 100)) < 1e-6 for t in ticks) else 1
     decimals = (
@@ -128,12 +138,12 @@ def _rows(frame: Box, y: Axis) -> Markup:
         parts.append(element("line", cls="grid", x1=frame.left, x2=frame.right, y1=at, y2=at))
         text = f"{tick * 100:.{decimals}f}".replace("-", figures.MINUS)
         parts.append(element("text", text, cls="tick", x=frame.left - 7, y=at + 4, text_anchor="end"))
-    parts.append(element("text", "accuracy, %", cls="axis", x=8, y=12, text_anchor="start"))
+    parts.append(element("text", f"{metric}, %", cls="axis", x=8, y=12, text_anchor="start"))
     return svg.joined(parts)
 
 
-def _grid(frame: Box, x: Axis, y: Axis, shown: Callable[[float], str], name: str) -> Markup:
-    parts = [_rows(frame, y)]
+def _grid(frame: Box, x: Axis, y: Axis, shown: Callable[[float], str], metric: str, name: str) -> Markup:
+    parts = [_rows(frame, y, metric)]
     for tick in x.ticks(6 if frame.right - frame.left > 380 else 4):
         at = x.px(tick)
         parts.append(element("line", cls="grid", x1=at, x2=at, y1=frame.top, y2=frame.bottom))

@@ -15,6 +15,12 @@ def short_name(variant: Variant) -> str:
     return variant.id.removeprefix(f"{variant.target}/")
 
 
+def titled(text: str) -> str:
+    """With a capital at its start; a word that is spelt in its own way stays: "pixel accuracy", but "mIoU"."""
+    first = text.partition(" ")[0]
+    return text[:1].upper() + text[1:] if first.islower() else text
+
+
 def percent(fraction: float, n: int = 0) -> str:
     """0.9912 → "99.1 %", with two decimals where n samples carry them."""
     text = f"{fraction * 100:.{_decimals(n)}f}"

@@ -1,9 +1,10 @@
 """Whether a variant keeps the budget, and which one to deploy.
 
 How limits are decided:
-- Accuracy: the limit is a fraction of the test samples, so the measured drop decides. Where its interval crosses the
-  limit the reason says so: the test set is then too small to promise the same for other samples. Asking for the whole
-  interval would turn down every variant on a test set of some hundred samples, the perfect ones too.
+- Accuracy, or the metric of another task: the limit is a fraction of it, so the measured drop decides. Where its
+  interval crosses the limit the reason says so: the test set is then too small to promise the same for other samples.
+  Asking for the whole interval would turn down every variant on a test set of some hundred samples, the perfect ones
+  too.
 - Latency: a median can be measured again, so its whole interval must lie on one side; else "cannot tell".
 - Size: exact.
 - What was not measured cannot be told; but a roofline bound above the limit, on every device and mode, is a miss.
@@ -26,15 +27,15 @@ _FLOAT = ("fp32", "fp16")
 _STAGES = ("onnx", "quantized", "engine")  # what can be deployed, the furthest last
 
 
-def judge(variant: Variant, teacher: Variant, budget: Budget) -> Verdict:
+def judge(variant: Variant, teacher: Variant, budget: Budget, metric: str = "accuracy") -> Verdict:
     """The verdict on one variant, with a reason for each limit of the budget; see the module for the rules."""
-    return _judge(variant, budget, is_teacher=variant.id == teacher.id)
+    return _judge(variant, budget, metric, is_teacher=variant.id == teacher.id)
 
 
-def _judge(variant: Variant, budget: Budget, *, is_teacher: bool = False) -> Verdict:
+def _judge(variant: Variant, budget: Budget, metric: str = "accuracy", *, is_teacher: bool = False) -> Verdict:
     reasons: list[tuple[Status, str]] = []
     if budget.max_accuracy_drop is not None:
-        reasons.append(_drop(variant, budget.max_accuracy_drop, is_teacher=is_teacher))
+        reasons.append(_drop(variant, budget.max_accuracy_drop, metric, is_teacher=is_teacher))
     if budget.max_latency_ms is not None:
         reasons.append(_latency(variant, budget.max_latency_ms))
     if budget.max_size_bytes is not None:
@@ -151,15 +152,15 @@ def _against(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]
     return verdict, ours.p50 / theirs.p50
 
 
-def _drop(variant: Variant, limit: float, *, is_teacher: bool) -> tuple[Status, str]:
+def _drop(variant: Variant, limit: float, metric: str, *, is_teacher: bool) -> tuple[Status, str]:
     allowed = f"{figures.limit_points(limit)} allowed"
     if is_teacher:
-        return "met", f"accuracy: the teacher itself; {allowed}"
+        return "met", f"{metric}: the teacher itself; {allowed}"
     drop = variant.drop
     if drop is None:
-        return "cannot tell", f"accuracy drop: not measured ({_why(variant, 'drop', 'accuracy')}); {allowed}"
+        return "cannot tell", f"{metric} drop: not measured ({_why(variant, 'drop', 'accuracy')}); {allowed}"
     status: Status = "met" if drop.value <= limit + 1e-12 else "missed"
-    text = f"accuracy drop: {figures.points(drop.value, drop.n, signed=False)} points "
+    text = f"{metric} drop: {figures.points(drop.value, drop.n, signed=False)} points "
     text += f"{figures.points_interval(drop)} on {drop.n:,} samples; {allowed}"
     if status == "met" and drop.high > limit:
         text += "; the interval reaches beyond the limit, so other samples may show a larger drop"

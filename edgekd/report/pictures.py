@@ -33,7 +33,7 @@ def pictures(report: Report, target: str) -> tuple[Picture, ...]:
 
 
 def _latency(report: Report, target: str) -> Picture:
-    title = "Accuracy against latency"
+    title = f"{figures.titled(report.metric)} against latency"
     there = [v for v in report.variants if v.target == target and v.latency_ms]
     if not there:
         why = next(
@@ -67,9 +67,13 @@ def _size(report: Report, target: str) -> Picture:
         return Point(figures.short_name(v), v.accuracy, v.size_bytes, v.size_bytes, v.size_bytes, _kind(report, v))
 
     return _scatter(
-        report, "Accuracy against size", _merged(report, rows, point), report.budget.max_size_bytes, "size",
+        report,
+        f"{figures.titled(report.metric)} against size",
+        _merged(report, rows, point),
+        report.budget.max_size_bytes,
+        "size",
         lambda value: figures.plain(figures.size(round(value))),
-    )  # fmt: skip
+    )
 
 
 def _scatter(
@@ -79,7 +83,8 @@ def _scatter(
         return Picture(title, None, None, "No variant has both figures.")
     teacher, drop = story.teacher_of(report), report.budget.max_accuracy_drop
     least = teacher.accuracy.value - drop if teacher.accuracy is not None and drop is not None else None
-    drawn = [charts.scatter(points, Limits(least, limit), name, shown, w, h) for w, h in _SCATTER]
+    limits = Limits(least, limit)
+    drawn = [charts.scatter(points, limits, report.metric, name, shown, w, h) for w, h in _SCATTER]
     return Picture(title, drawn[0], drawn[1], "")
 
 
@@ -111,11 +116,11 @@ def _stages(report: Report, target: str) -> Picture:
     chosen = next((v for v in report.variants if v.id == report.chosen.get(target)), None)
     path = path_to(report, target, chosen)
     end = path[-1] if path else None
-    title = "Where accuracy was lost" + (f", up to {figures.short_name(end)}" if end and end.target else "")
+    title = f"Where {report.metric} was lost" + (f", up to {figures.short_name(end)}" if end and end.target else "")
     if len(path) < 2:
-        return Picture(title, None, None, "Fewer than two stages have a measured accuracy.", full_width=True)
+        return Picture(title, None, None, f"Fewer than two stages have a measured {report.metric}.", full_width=True)
     steps = [Step(_label(v), v.accuracy) for v in path if v.accuracy]
-    drawn = [charts.steps(steps, w, h) for w, h in _STEPS]
+    drawn = [charts.steps(steps, report.metric, w, h) for w, h in _STEPS]
     return Picture(title, drawn[0], drawn[1], "", full_width=True)
 
 

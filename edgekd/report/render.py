@@ -47,7 +47,7 @@ def rejudged(report: Report, budget: Budget) -> Report:
     """The report as it would be with another budget: new verdicts, a new choice; nothing is measured anew."""
     teacher = story.teacher_of(report)
     variants = tuple(
-        dataclasses.replace(v, verdict=judge(v, teacher, budget)) if v.verdict is not None else v
+        dataclasses.replace(v, verdict=judge(v, teacher, budget, report.metric)) if v.verdict is not None else v
         for v in report.variants
     )
     chosen = choose(variants, budget, report.comparisons)

@@ -43,16 +43,31 @@ def turned_down(report: Report) -> dict[str, str]:
     return rejections(report.variants, report.budget, report.comparisons)
 
 
-def budget_line(budget: Budget) -> str:
+def budget_line(budget: Budget, metric: str = "accuracy") -> str:
     """The limits in one line."""
     parts = []
     if budget.max_accuracy_drop is not None:
-        parts.append(f"accuracy drop at most {figures.limit_points(budget.max_accuracy_drop)}")
+        parts.append(f"{metric} drop at most {figures.limit_points(budget.max_accuracy_drop)}")
     if budget.max_latency_ms is not None:
         parts.append(f"latency at most {figures.plain(figures.milliseconds(budget.max_latency_ms))}")
     if budget.max_size_bytes is not None:
         parts.append(f"size at most {figures.plain(figures.size(budget.max_size_bytes))}")
     return "; ".join(parts) if parts else "no limit was set"
+
+
+def footnote(metric: str) -> str:
+    """How the figures in the table were made."""
+    if metric == "accuracy":
+        how = "Accuracy and drop with their 95 % intervals (Wilson; Newcombe, paired on the same samples). "
+        how += "Agreement: share of samples on which the class is the teacher's."
+    else:
+        how = f"{figures.titled(metric)} with its 95 % interval (Wilson's where a sample is right or wrong, else the "
+        how += "normal one of the samples' scores); the drop is paired on the same samples, in points: hundredths of "
+        how += f"{metric}. Agreement: share of decisions that are the teacher's."
+    return (
+        f"{how} Parity: the least cosine and the largest difference of outputs from the stage before. Latency of one "
+        "sample, with the interval of its median."
+    )
 
 
 def speed_up(variant: Variant, teacher: Variant, report: Report) -> float | None:
@@ -94,7 +109,7 @@ def _headline(report: Report, target: str) -> Headline:
     if name is None:
         return _nothing(report, target, teacher)
     chosen = next(variant for variant in report.variants if variant.id == name)
-    verdict = chosen.verdict or judge(chosen, teacher, report.budget)
+    verdict = chosen.verdict or judge(chosen, teacher, report.budget, report.metric)
     body = _figures(chosen, teacher, report)
     unearned = _unearned(chosen, report)
     if verdict.status == "met":
@@ -113,11 +128,11 @@ def _nothing(report: Report, target: str, teacher: Variant) -> Headline:
     refused = turned_down(report)
     because: list[str] = []
     for variant in offered:
-        verdict = variant.verdict or judge(variant, teacher, report.budget)
+        verdict = variant.verdict or judge(variant, teacher, report.budget, report.metric)
         missed = verdict.reasons if verdict.status != "met" else ()
         told = "; ".join(missed) or refused.get(variant.id, "")
         if not told and variant.accuracy is None:
-            told = f"its accuracy was not measured ({variant.missing.get('accuracy', 'no reason was recorded')})"
+            told = f"its {report.metric} was not measured ({variant.missing.get('accuracy', 'no reason was recorded')})"
         if told:
             because.append(f"{figures.short_name(variant)}: {told}")
     what = "No variant is known to keep the budget." if offered else "No variant was made for it."
@@ -127,7 +142,7 @@ def _nothing(report: Report, target: str, teacher: Variant) -> Headline:
 def _figures(chosen: Variant, teacher: Variant, report: Report) -> str:
     parts = []
     if chosen.accuracy is not None:
-        parts.append(_accuracy(chosen, teacher))
+        parts.append(_accuracy(chosen, teacher, report.metric))
     if chosen.size_bytes is not None and teacher.size_bytes:
         parts.append(_ratio(teacher.size_bytes / chosen.size_bytes, "smaller", "larger", "as large as the teacher"))
     faster = speed_up(chosen, teacher, report)
@@ -139,10 +154,11 @@ def _figures(chosen: Variant, teacher: Variant, report: Report) -> str:
     return (", ".join(parts) or "none of its figures was measured") + "."
 
 
-def _accuracy(chosen: Variant, teacher: Variant) -> str:
+def _accuracy(chosen: Variant, teacher: Variant, metric: str) -> str:
     assert chosen.accuracy is not None
     n = chosen.accuracy.n
-    text = f"{figures.percent(chosen.accuracy.value, n)} accurate"
+    value = figures.percent(chosen.accuracy.value, n)
+    text = f"{value} accurate" if metric == "accuracy" else f"{metric} {value}"
     if teacher.accuracy is None:
         return text
     text += f" (teacher {figures.percent(teacher.accuracy.value, teacher.accuracy.n)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from edgekd.report import figures, story
@@ -91,6 +92,7 @@ class Page:
     places: tuple[Place, ...]
     columns: tuple[str, ...]
     groups: tuple[Group, ...]
+    footnote: str
     why: tuple[Why, ...]
     comparisons: tuple[tuple[str, str, str], ...]  # who, how much, verdict
     gaps: tuple[Gap, ...]
@@ -127,10 +129,11 @@ def page(report: Report) -> Page:
     targets = " ".join(f"--target {name}" for name in report.chosen)
     return Page(
         name=report.name,
-        budget=story.budget_line(report.budget),
+        budget=story.budget_line(report.budget, report.metric),
         places=places,
         columns=tuple(columns),
         groups=groups,
+        footnote=story.footnote(report.metric),
         why=_why(report),
         comparisons=tuple(
             (f"{found.candidate} against {found.baseline}", figures.comparison(found), found.verdict)
@@ -169,14 +172,14 @@ def _tiles(chosen: Variant, teacher: Variant, report: Report, gaps: _Gaps) -> tu
         speed = story.speed_up(chosen, teacher, report)
         beside = f"teacher {figures.milliseconds(teacher.latency_ms.p50)}" if speed and teacher.latency_ms else ""
         latency = Cell(latency.text, beside or latency.sub)
-    accuracy = _accuracy(chosen, gaps)
+    accuracy = _accuracy(chosen, report, gaps)
     if chosen.accuracy:
         accuracy = Cell(accuracy.text, f"{accuracy.sub} on {chosen.accuracy.n:,} samples")
     drop = _drop(chosen, report, gaps)
     if chosen.drop:
         drop = Cell(f"{drop.text} points", drop.sub)
     return (
-        Tile("Accuracy", accuracy),
+        Tile(figures.titled(report.metric), accuracy),
         Tile("Drop against the teacher", drop),
         Tile("Size", size),
         Tile("Latency, median", latency),
@@ -186,11 +189,13 @@ def _tiles(chosen: Variant, teacher: Variant, report: Report, gaps: _Gaps) -> tu
 
 def _columns(report: Report) -> dict[str, Callable[[Variant, _Gaps], Cell]]:
     """Heading → how its cells are made."""
+    others = dict.fromkeys(name for v in report.variants for name in v.metrics)
     columns: dict[str, Callable[[Variant, _Gaps], Cell]] = {
         "Size": _size,
         "Parameters, MACs": _cost,
-        "Accuracy": _accuracy,
+        figures.titled(report.metric): lambda v, g: _accuracy(v, report, g),
         "Drop, points": lambda v, g: _drop(v, report, g),
+        **{figures.titled(name): partial(_metric, name) for name in others},
         "Agreement": lambda v, g: _agreement(v, report, g),
         "Parity, cosine": _parity,
         "Latency p50": _p50,
@@ -245,9 +250,9 @@ def _cost(v: Variant, gaps: _Gaps) -> Cell:
     return Cell(figures.quantity(v.parameters), f"{figures.quantity(v.macs)} MACs")
 
 
-def _accuracy(v: Variant, gaps: _Gaps) -> Cell:
+def _accuracy(v: Variant, report: Report, gaps: _Gaps) -> Cell:
     if v.accuracy is None:
-        return gaps.mark(v, "accuracy", "accuracy")
+        return gaps.mark(v, "accuracy", report.metric)
     return Cell(figures.percent(v.accuracy.value, v.accuracy.n), figures.percent_interval(v.accuracy))
 
 
@@ -255,8 +260,12 @@ def _drop(v: Variant, report: Report, gaps: _Gaps) -> Cell:
     if v.id == report.teacher:
         return Cell("reference")
     if v.drop is None:
-        return gaps.mark(v, "drop", "accuracy drop")
+        return gaps.mark(v, "drop", f"{report.metric} drop")
     return Cell(figures.points(v.drop.value, v.drop.n, signed=False), figures.points_interval(v.drop))
+
+
+def _metric(name: str, v: Variant, gaps: _Gaps) -> Cell:
+    return Cell(figures.digits(v.metrics[name])) if name in v.metrics else gaps.mark(v, "accuracy", name)
 
 
 def _agreement(v: Variant, report: Report, gaps: _Gaps) -> Cell:

@@ -1,0 +1,114 @@
+"""edgekd.distill(): a student taught by modules in hand, without a recipe."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from edgekd import data as sources
+from edgekd import distillation, models, plugins, toml
+from edgekd.bench import accuracy
+from edgekd.data.samples import Reading, wrapped
+from edgekd.distillation import Teacher
+from edgekd.models.network import Network
+from edgekd.recipe import loss_term
+from edgekd.store import make_folder
+from edgekd.types import Augment, Dataset, Interval, Json, LossTerm, ModelSpec, Part, Say, Task, TrainOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Distilled:
+    """How a distillation ended: the student in eval mode, and how it and its first teacher do on the test split."""
+
+    student: nn.Module
+    metric: str  # what the figures are: "accuracy"
+    accuracy: Interval
+    teacher_accuracy: Interval
+    drop: Interval  # paired on the same samples
+    training: Mapping[str, Json]  # epochs, seconds, losses with the pairs of layers they compared
+
+
+def distill(
+    teacher: nn.Module | Sequence[nn.Module],
+    student: nn.Module,
+    data: Any,
+    *,
+    losses: Sequence[str | Mapping[str, Any] | LossTerm] | None = None,
+    task: str | Task = "classification",
+    augment: Augment | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    cache: str | Path | None = None,
+    say: Say | None = None,
+    **options: Any,
+) -> Distilled:
+    """Train a student on what its teacher (or the mean of several) says, with edgekd's own loop.
+
+        result = edgekd.distill(teacher, student, (train, test), losses=["kd", "srd"], epochs=30)
+
+    The student is trained in place. Images reach both modules as batch × channels × height × width, normalised by
+    mean and std; other inputs as the data has them. One's own loop is served by `edgekd.Distiller` instead.
+
+    Args:
+        data: a map-style torch Dataset, a (train, test) pair of them, {"train": …, "test": …}, a Dataset of edgekd, or
+            a table as a recipe has it: {"name": "imagefolder", "path": "photos"}.
+        losses: names, or tables as a recipe has them; None: the task's own.
+        task: "classification", "segmentation", "multilabel", "regression", or a Task.
+        mean, std: of images, of values in [0, 1], one a channel; None: ImageNet's for RGB.
+        out: folder for weights.safetensors and the checkpoint that a killed training goes on from; None: neither.
+        cache: folder of teachers' answers, for this training and later ones; None: they are not kept.
+        say: told what happens.
+        options: of training, as [distill] has them: epochs, batch_size, optimizer, learning_rate, views, …
+
+    Raises:
+        EdgekdError: the data, a module, a loss or an option does not fit; it says what, where and how to mend it.
+    """
+    built: Task = plugins.build("tasks", Part(task)) if isinstance(task, str) else task
+    training = toml.read(TrainOptions, options, "options of distill()")
+    found = _data(data, built, seed)
+    spec = ModelSpec("student", mean=_tuple(mean), std=_tuple(std))
+    pupil = _network(student, spec, found, built)
+    modules = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    spec = ModelSpec("teacher", mean=spec.mean, std=spec.std)
+    teachers = [Teacher(_network(module, spec, found, built)) for module in modules]
+    terms = built.losses if losses is None else [loss_term(loss, f"losses[{at}]") for at, loss in enumerate(losses)]
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as scratch:
+        work = make_folder(Path(scratch) if out is None else Path(out))
+        meta = distillation.distill(
+            pupil, teachers, found, terms, training, augment or Augment(), task=built, seed=seed, work=work,
+            cache=None if cache is None else make_folder(Path(cache)), say=say or _silent,
+        )  # fmt: skip
+    truth = accuracy.labels(found.test)
+    scores = [built.scores(distillation.evaluate(each, found.test), truth) for each in (teachers[0].network, pupil)]
+    return Distilled(
+        student, built.metric, accuracy.mean(scores[1]), accuracy.mean(scores[0]), accuracy.drop(*scores), meta
+    )
+
+
+def _data(data: Any, task: Task, seed: int) -> Dataset:
+    if isinstance(data, Mapping) and isinstance(data.get("name"), str):
+        return sources.load(Part(data["name"], {k: v for k, v in data.items() if k != "name"}), seed, task)
+    found = data if isinstance(data, Dataset) else wrapped(data, "data", Reading(seed, labels=task.labels))
+    task.check(found)
+    return found
+
+
+def _network(module: nn.Module, spec: ModelSpec, data: Dataset, task: Task) -> Network:
+    return models.adopted(
+        module, spec, classes=len(data.classes), inputs=data.inputs, images=data.images, dense=task.dense
+    )
+
+
+def _tuple(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if values is None else tuple(map(float, values))
+
+
+def _silent(event: str, /, **fields: Json) -> None:
+    """Nobody is told."""
