@@ -48,7 +48,7 @@ epochs = {epochs}
 batch_size = 128
 learning_rate = 0.2
 precision = "bf16"
-teacher_views = 4
+views = 4
 
 [augment]
 crop_pixels = 4
