@@ -193,6 +193,8 @@ def _publish(
         chosen={each.target.name: chosen.get(each.target.name) for each in made}, budget=run.recipe.budget,
         environment=conditions.environment(), recipe_sha256=hashlib.sha256(resolved.encode()).hexdigest(),
         timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons), metric=run.task.metric,
+        training=training.told(run.school, sources["student"]),
+        correspondence=training.matched(run.school, sources["student"]),
     )  # fmt: skip
     for name, file in files.items():
         copy(file, out / paths[name])
@@ -225,7 +227,7 @@ def _bundle(
     bundle.write(
         folder, name=run.recipe.name, target=made.target, models=models, samples=golden, labels=run.data.classes,
         preprocessing=sources["student"].network.preprocessing, provenance=provenance, verdict=rows[first].verdict,
-        task=run.task,
+        task=run.task, assets=run.data.assets,
     )  # fmt: skip
 
 
@@ -256,8 +258,6 @@ def _trained(run: Run) -> Trained:
         teachers = [training.teachers(school, subject) for subject in school.subjects]
     with run.timed("distill"):
         student = training.student(school, teachers)
-    for text in training.told(student):
-        run.note(text)
     return teachers, student
 
 

@@ -8,6 +8,7 @@ does anything.
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,7 +152,8 @@ def lost_is_told() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as problem:
-        reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        reason = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", first).partition(". ")[0]  # without where in torch, and its advice
         raise EdgekdError(
             f"another process of this run has stopped or cannot be reached ({reason})",
             fix="look at what it said; the same command goes on where it stopped",

@@ -83,13 +83,14 @@ class Recipe:
         """The one task of this recipe.
 
         Raises:
-            RecipeError: it has several.
+            RecipeError: it has several, or one that is a head of the student.
         """
-        if len(self.tasks) > 1:
+        if self.tasks[0].head is not None:
+            heads = ", ".join(str(task.head) for task in self.tasks)
             raise RecipeError(
-                f"it has {len(self.tasks)} tasks, and one at a time can be deployed",
+                f"the student has an output for each task ({heads}), and one output can be deployed",
                 where=f"{self.source}: task",
-                fix="`edgekd distill` trains the student of all of them",
+                fix="`edgekd distill` trains it; a recipe of one task, as [task], can be deployed",
             )
         return self.tasks[0]
 
@@ -103,8 +104,10 @@ class Recipe:
             return {key: value for key, value in table.items() if value is not None}
 
         def placed(table: dict[str, Any]) -> dict[str, Any]:
-            paths = {key: os.path.relpath(table[key], folder) for key in _PATHS if isinstance(table.get(key), str)}
-            return table | paths
+            return table | {key: relative(table[key]) for key in _PATHS if table.get(key)}
+
+        def relative(path: Any) -> Any:
+            return os.path.relpath(path, folder) if isinstance(path, str) else [relative(each) for each in path]
 
         def model(spec: ModelSpec) -> dict[str, Any]:
             plain = {"model": spec.name, "weights": spec.weights, "mean": spec.mean, "std": spec.std}
@@ -175,7 +178,8 @@ def budget_of(budget: Budget, max_drop: str | None, max_latency: str | None, max
 _SECTIONS = (
     "name", "seed", "task", "teacher", "data", "student", "loss", "distill", "augment", "export", "quantize", "budget",
 )  # fmt: skip
-_PATHS = ("path", "root", "weights", "pretrained", "tokenizer")  # options of parts that name a file or a folder
+# Options of parts that name files or folders; a list names several.
+_PATHS = ("path", "root", "weights", "pretrained", "tokenizer", "corpus")
 _MODEL_KEYS = ("model", "weights", "mean", "std")
 
 
@@ -365,5 +369,7 @@ def _placed(options: Mapping[str, Any], folder: Path, where: str) -> dict[str, A
     return dict(options) | paths
 
 
-def _resolved(folder: Path, path: Any, where: str) -> str:
+def _resolved(folder: Path, path: Any, where: str) -> Any:
+    if isinstance(path, list):
+        return [_resolved(folder, each, where) for each in path]
     return str(folder / Path(toml.validated(path, str, where)).expanduser())

@@ -23,7 +23,20 @@ from edgekd.models.network import Network
 from edgekd.processes import here
 from edgekd.recipe import Recipe, TaskSpec, TeacherSpec, loss_table, loss_term
 from edgekd.store import Store, sha256_of
-from edgekd.types import Artifact, Dataset, Json, LossTerm, ModelSpec, Part, Say, Task
+from edgekd.types import (
+    Artifact,
+    Dataset,
+    Json,
+    Layer,
+    LayerPair,
+    LossTerm,
+    Matched,
+    ModelSpec,
+    Part,
+    Say,
+    Task,
+    Training,
+)
 
 WEIGHTS = "weights.safetensors"
 ANSWERS = "answers"  # folder of the store in which teachers' answers are kept
@@ -67,24 +80,18 @@ def read(spec: TaskSpec, seed: int, source: str) -> Subject:
 
 
 def teachers(school: School, subject: Subject) -> tuple[Source, ...]:
-    """The teachers of a task: the user's weights, checked and saved in our form, or trained on its labels first."""
-    return tuple(_teacher(school, subject, spec) for spec in subject.spec.teachers)
-
-
-def student(school: School, taught_by: Sequence[Sequence[Source]]) -> Source:
-    """The student, distilled from the teachers of each task, through the assistants where there are any.
+    """The teachers of a task: the user's weights, checked and saved in our form, or trained on its labels first.
 
     Raises:
         RecipeError: assistants and several tasks, or tasks whose inputs differ.
     """
+    _check(school)
+    return tuple(_teacher(school, subject, spec) for spec in subject.spec.teachers)
+
+
+def student(school: School, taught_by: Sequence[Sequence[Source]]) -> Source:
+    """The student, distilled from the teachers of each task, through the assistants where there are any."""
     recipe, first = school.recipe, school.subjects[0]
-    if recipe.assistants and first.spec.head is not None:
-        raise RecipeError(
-            "assistants stand between one teacher and one student",
-            where=f"{recipe.source}: distill.assistants",
-            fix="leave them out, or distil each task by itself",
-        )
-    _check_inputs(school)
     # Pairs in the recipe are of the student and the network just above it: an assistant has layers of its own. Nor is
     # an assistant ever deployed.
     losses = tuple(replace(term, pairs=None) for term in first.terms)
@@ -102,23 +109,53 @@ def network(school: School, subject: Subject, spec: ModelSpec, trained: Artifact
     return built.eval()
 
 
-def told(trained: Source) -> tuple[str, ...]:
-    """What the reader of a report must know about how a student was trained."""
-    matched: Any = trained.weights.meta.get("correspondence", {})
-    return tuple(note for found in matched.values() for note in found["notes"])
+def told(school: School, trained: Source) -> Training:
+    """How the student of the one task was trained, for the report."""
+    meta, chain = _meta(trained), (school.recipe.task.teachers, school.recipe.assistants)
+    teachers = meta.get("teachers", ())  # none, where no loss asks what a teacher says
+    names = [tuple(each.model.name for each in specs) if teachers else () for specs in chain]
+    asked, recalled = (sum(each.get(key, 0) for each in teachers) for key in ("asked", "recalled"))
+    (losses,) = _losses(trained).values()
+    return Training(
+        teachers=names[0], assistants=names[1], losses=losses, epochs=meta["epochs"], seconds=meta["train_s"],
+        precision=meta["precision"], recalled=recalled / asked if asked else None,
+    )  # fmt: skip
+
+
+def matched(school: School, trained: Source) -> tuple[Matched, ...]:
+    """The layers that the losses of each head compare, and those that were found beside them."""
+    heads = {subject.spec.head or "student": subject.spec.head for subject in school.subjects}
+    return tuple(
+        Matched(heads[name], found["family"], tuple(map(_pair, found["pairs"])), tuple(found["notes"]))
+        for name, found in _meta(trained).get("correspondence", {}).items()
+    )
 
 
 def resolved(school: School, trained: Source) -> Recipe:
     """The recipe with the losses and pairs of layers that its student was trained by."""
-    found: Any = trained.weights.meta.get("losses", {})
+    found = _losses(trained)
     tasks = tuple(
-        replace(
-            spec,
-            losses=tuple(loss_term(table, "loss") for table in found.get(spec.head or "student", [])) or spec.losses,
-        )
-        for spec in school.recipe.tasks
+        replace(spec, losses=found.get(spec.head or "student") or spec.losses) for spec in school.recipe.tasks
     )
     return replace(school.recipe, tasks=tasks)
+
+
+def _meta(trained: Source) -> dict[str, Any]:
+    return dict(trained.weights.meta)
+
+
+def _losses(trained: Source) -> dict[str, tuple[LossTerm, ...]]:
+    """By head, "student" where it has but one."""
+    tables = _meta(trained).get("losses", {})
+    return {head: tuple(loss_term(table, "loss") for table in found) for head, found in tables.items()}
+
+
+def _pair(found: Mapping[str, Any]) -> LayerPair:
+    student, teacher = (
+        Layer(tap["path"], tap["channels"], tuple(tap["grid"]), tap["depth"])
+        for tap in (found["student"], found["teacher"])
+    )
+    return LayerPair(student, teacher, found["loss"], found["weight"], found["cka"], found["projector"])
 
 
 def _teacher(school: School, subject: Subject, spec: TeacherSpec) -> Source:
@@ -136,6 +173,8 @@ def _teacher(school: School, subject: Subject, spec: TeacherSpec) -> Source:
     def train(work: Path) -> Mapping[str, Json]:
         _rehearse(school, model)
         _rehearse(school, recipe.student)
+        for later in (recipe.student, *(each.model for each in recipe.assistants)):
+            _student(school, later)  # one that cannot be built is known before hours of training, too
         return distillation.train(
             _built(school, subject, model), subject.data, spec.train, recipe.augment,
             task=subject.task, seed=recipe.seed, work=work, say=school.say,
@@ -218,9 +257,15 @@ def _content(path: str) -> str:
     return sha256_of(Path(path))
 
 
-def _check_inputs(school: School) -> None:
-    """All tasks of one student give it the same inputs."""
+def _check(school: School) -> None:
+    """Assistants are of one task alone, and all tasks of one student give it the same inputs."""
     first = school.subjects[0]
+    if school.recipe.assistants and first.spec.head is not None:
+        raise RecipeError(
+            "assistants stand between one teacher and one student",
+            where=f"{school.recipe.source}: distill.assistants",
+            fix="leave them out, or distil each task by itself",
+        )
     for subject in school.subjects[1:]:
         if subject.data.inputs != first.data.inputs or subject.data.images != first.data.images:
             raise RecipeError(
@@ -228,11 +273,18 @@ def _check_inputs(school: School) -> None:
                 where=f"{school.recipe.source}: task",
                 expected=f"{first.data.inputs}, as '{first.spec.head}' has them: one student takes them all",
             )
+        if subject.data.assets != first.data.assets:
+            raise RecipeError(
+                f"'{subject.spec.head}' makes its inputs otherwise than '{first.spec.head}': by another tokenizer",
+                where=f"{school.recipe.source}: task",
+                fix="give the data of every task the same corpus, or the same tokenizer",
+            )
 
 
 def _rehearse(school: School, spec: ModelSpec) -> None:
     """Export the network untrained: a model that cannot become ONNX is known before hours of training, not after."""
-    if school.opset is None:
+    opset = school.opset
+    if opset is None:
         return
     (subject,) = school.subjects
     stored = next(iter(subject.data.calibration.batches([np.arange(1)]))).inputs
@@ -240,7 +292,7 @@ def _rehearse(school: School, spec: ModelSpec) -> None:
     def exported() -> None:
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
             export.export(
-                _built(school, subject, replace(spec, weights=None)), stored, opset=school.opset,
+                _built(school, subject, replace(spec, weights=None)), stored, opset=opset,
                 preprocessing=school.recipe.export.preprocessing, path=Path(folder) / "rehearsal.onnx",
             )  # fmt: skip
 
@@ -261,4 +313,5 @@ def _student(school: School, spec: ModelSpec) -> Network:
         return _built(school, first, spec)
     torch.manual_seed(school.recipe.seed)
     heads = {str(subject.spec.head): len(subject.data.classes) for subject in school.subjects}
-    return models.build(spec, classes=heads, inputs=first.data.inputs, images=first.data.images)
+    dense = {str(subject.spec.head) for subject in school.subjects if subject.task.dense}
+    return models.build(spec, classes=heads, inputs=first.data.inputs, images=first.data.images, dense=dense)

@@ -140,7 +140,7 @@ class Augment:
     flip: bool = False  # mirror left and right, every other epoch
     cutout_pixels: Annotated[int, Ge(0)] = 0  # side of a grey square at a random place
     mixup: Annotated[float, Ge(0)] = 0.0  # α of Beta(α, α), the part of another image mixed in; 1: uniform; 0: none
-    seed: int = 0  # apart from the run's seed, so that runs of several seeds share what a teacher said
+    seed: int = 0  # apart from the run's seed: runs on the same training samples share what a teacher said
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +385,51 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
+class Layer:
+    """A place in a network whose output is compared, and what it gives for one sample."""
+
+    path: str  # of the module; "linear:in" is what goes into it
+    channels: int
+    grid: tuple[int, ...]  # positions along each side; empty for a vector
+    depth: float  # part of the network's multiply-accumulates that are done there, in [0, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPair:
+    """A layer of the student and the layer of a teacher that it learns from."""
+
+    student: Layer
+    teacher: Layer
+    loss: str  # between the two
+    weight: float  # of the loss; 0: the pair was found, and not used
+    cka: float | None  # linear similarity before the training, where it was measured
+    projector: str  # trained between the two, and left out afterwards: "64>128" channels, "fusion", "exit", "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The layers of the student and of a teacher that correspond, for one head of the student."""
+
+    head: str | None  # None: the student has but one
+    family: str | None  # what the two networks are to each other, where the losses were left to `match`
+    pairs: tuple[LayerPair, ...]
+    notes: tuple[str, ...]  # what was left out, and why
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How the student was trained, in this run or in an earlier one whose result was kept."""
+
+    teachers: tuple[str, ...]  # models; of several the weighted mean
+    assistants: tuple[str, ...]  # models in between, each taught by the one before it; the last one taught the student
+    losses: tuple[LossTerm, ...]  # of which the weighted sum was minimised
+    epochs: int
+    seconds: float
+    precision: str  # that the student computed in
+    recalled: float | None  # part of the teachers' answers that came from the cache; None: no answers are kept
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The whole outcome of a run: report.json, and all that report.md and report.html show."""
 
@@ -400,3 +445,5 @@ class Report:
     notes: tuple[str, ...] = ()  # what was not done here, and every fallback
     comparisons: tuple[Comparison, ...] = ()  # of latencies measured in the same interleaved rounds
     metric: str = "accuracy"  # what `accuracy` and `drop` of the variants are
+    training: Training | None = None  # of the student
+    correspondence: tuple[Matched, ...] = ()  # where losses compare layers: one for each head

@@ -14,10 +14,16 @@ from edgekd.types import (
     Estimate,
     Interval,
     Latency,
+    Layer,
+    LayerPair,
+    LossTerm,
+    Matched,
     Parity,
+    Part,
     Precision,
     Report,
     Stage,
+    Training,
     Variant,
 )
 
@@ -100,7 +106,7 @@ def realistic(*, n: int = 450, budget: Budget = BUDGET) -> Report:
         Comparison("host-int8", "host-fp32", Interval(0.6085, 0.599, 0.619, 40), "faster"),
         Comparison("host-fp16", "host-fp32", Interval(1.424, 1.41, 1.44, 40), "slower"),
     )
-    return finished(rows, budget, comparisons=comparisons)
+    return finished(rows, budget, comparisons=comparisons, training=taught(), correspondence=(matched(),))
 
 
 def of_values() -> Report:
@@ -117,6 +123,42 @@ def of_values() -> Report:
                 size_bytes=9_000),
     ]  # fmt: skip
     return finished(rows, BUDGET, metric="R²")
+
+
+def taught(**changes: Any) -> Training:
+    """A training with a loss of outputs, one of labels and one of layers, half of it from the cache."""
+    pairs = (("layer3", "layer3"), ("linear:in", "linear:in"))
+    losses = (
+        LossTerm(Part("kd", {"temperature": 4.0}), 0.9),
+        LossTerm(Part("ce"), 0.1),
+        LossTerm(Part("srd"), 1.0, pairs),
+    )
+    made = Training(
+        teachers=("resnet56",), assistants=(), losses=losses, epochs=30, seconds=724.3, precision="bf16", recalled=0.5
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def pair(
+    student: str, teacher: str, loss: str, weight: float, *, depth: float, channels: int = 64, side: int = 8,
+    cka: float | None = 0.61,
+) -> LayerPair:  # fmt: skip
+    """Two layers at the same depth, of which the teacher's is the wider one."""
+    grid = (side, side) if side else ()
+    mine, theirs = Layer(student, channels, grid, depth), Layer(teacher, 2 * channels, grid, depth + 0.01)
+    projector = f"{channels}>{2 * channels}" if weight else "none"
+    return LayerPair(mine, theirs, loss, weight, cka, projector)
+
+
+def matched(head: str | None = None) -> Matched:
+    """Stages of two convolutional networks: two pairs that a loss compares, and two that were found beside them."""
+    pairs = (
+        pair("layer3", "layer3.8.relu", "srd", 1.0, depth=0.99),
+        pair("linear:in", "head.fc:in", "srd", 1.0, depth=0.995, side=0),
+        pair("layer1", "layer1", "review", 0.0, depth=0.33, channels=16, side=32, cka=None),
+        pair("layer2", "layer2", "review", 0.0, depth=0.66, channels=32, side=16, cka=-0.02),
+    )
+    return Matched(head, "same", pairs, ("teacher: no counterpart for maxpool",))
 
 
 def finished(rows: list[Variant], budget: Budget, **changes: Any) -> Report:

@@ -32,7 +32,8 @@ LAYERS = [
     {"__main__"},
 ]
 TORCH_AT_TOP = {
-    "models", "losses", "correspondence", "distillation", "graph", "export", "quantize", "deploy", "training", "direct", "pipeline",
+    "models", "losses", "correspondence", "distillation", "graph", "export", "quantize", "deploy",
+    "training", "direct", "pipeline",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "manager", "handler", "handlers", "misc"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ from trainings import (
 from trainings import handwritten as digits
 
 from edgekd.data.arrays import ArraySplit
-from edgekd.distillation import checkpoint, distill, evaluate, loop, precision, train
+from edgekd.distillation import checkpoint, distill, evaluate, loop, train
 from edgekd.errors import DataError, EdgekdError, ModelError, RecipeError, StoreError
 from edgekd.losses.ce import ce
 from edgekd.losses.kd import kd
@@ -458,106 +457,6 @@ def test_a_network_of_images_learns_from_mixed_ones_without_labels(data: Dataset
     terms = [LossTerm(Part("function_matching"))]
     taught(tmp_path / "s", student=student, teachers=teacher, terms=terms, options=options, augment=Augment(mixup=1.0))
     assert accuracy(student, data) > 0.7
-
-
-# ---------------------------------------------------------------- precision
-
-
-def _measured(monkeypatch: pytest.MonkeyPatch, fp32_s: float, bf16_s: float | Callable[[], float]) -> precision.Choice:
-    clock = [0.0]
-    monkeypatch.setattr("edgekd.distillation.precision.time.perf_counter", lambda: clock[0])
-
-    def run(computed: precision.Computed) -> None:
-        took_s = fp32_s if computed == "fp32" else bf16_s
-        clock[0] += took_s() if callable(took_s) else took_s
-
-    return precision.measured(run, torch.device("cpu"))
-
-
-def test_bf16_has_to_earn_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _measured(monkeypatch, 0.116, 0.100).precision == "bf16"
-    chosen = _measured(monkeypatch, 0.114, 0.100)
-    assert chosen.precision == "fp32"
-    assert "1.14x" in chosen.reason
-    assert "114 ms" in chosen.reason
-    slow_start = iter([9.0] + [0.1] * 20)
-    assert _measured(monkeypatch, 0.2, lambda: next(slow_start)).precision == "bf16"
-
-
-def test_a_network_that_bf16_cannot_run_stays_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> float:
-        raise RuntimeError("not implemented for 'BFloat16'\nmore")
-
-    chosen = _measured(monkeypatch, 0.1, refuse)
-    assert chosen == precision.Choice("fp32", "bf16 does not run: not implemented for 'BFloat16'")
-
-
-def test_the_choice_is_told_kept_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = replace(OPTIONS, precision="auto")
-    measured: list[precision.Computed] = []
-
-    def choose(run: Callable[[precision.Computed], None], device: torch.device) -> precision.Choice:
-        run("fp32")
-        run("bf16")
-        measured.append("bf16")
-        return precision.Choice("bf16", "measured")
-
-    monkeypatch.setattr(precision, "measured", choose)
-    told = Told("epoch", 1)
-    with pytest.raises(Interrupted):
-        taught(tmp_path, told, options=options)
-    assert [fields["step"] for fields in told.of("precision")] == ["distill", "teacher"]
-    monkeypatch.setattr(precision, "measured", None)
-    meta = taught(tmp_path, options=options)
-    assert len(measured) == 2
-    assert meta["precision"] == "bf16"
-    assert meta["precision_reason"] == "measured"
-    (teacher,) = cast("list[dict[str, Json]]", meta["teachers"])
-    assert (teacher["precision"], teacher["reason"]) == ("bf16", "measured")
-    # the measurement leaves no trace: a training that is asked for bf16 gives the same bits
-    taught(tmp_path / "asked", options=replace(OPTIONS, precision="bf16"))
-    assert state(tmp_path) == state(tmp_path / "asked")
-
-
-# ---------------------------------------------------------------- evaluate
-
-
-def test_evaluate_gives_the_splits_logits_in_order(data: Dataset) -> None:
-    tested = network(data)
-    tested.train()
-    small(tested).norm.eval()
-    found = evaluate(tested, data.test, batch_size=100)
-    assert found.dtype == np.float32
-    assert found.shape == (len(data.test), 10)
-    assert tested.training
-    assert small(tested).conv.training
-    assert not small(tested).norm.training
-    batch = next(iter(data.test.batches([np.arange(7)])))
-    tested.eval()
-    with torch.no_grad():
-        expected = tested(torch.from_numpy(batch.inputs["image"]))
-    np.testing.assert_allclose(found[:7], expected.numpy(), atol=1e-5)
-    empty = ArraySplit({"image": np.zeros((0, 8, 8, 1), np.uint8)}, np.zeros(0, np.int64), np.arange(0))
-    with pytest.raises(DataError, match="no samples"):
-        evaluate(tested, empty)
-
-
-def test_a_model_that_gives_no_logits_is_refused(data: Dataset, tmp_path: Path) -> None:
-    class Two(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
-
-    preprocessing = Preprocessing((8, 8), (0.5,), (0.5,))
-    with pytest.raises(ModelError, match="returns tuple"):
-        evaluate(Network(Two(), data.inputs, preprocessing), data.test)
-    flat = Network(nn.Flatten(0), data.inputs, preprocessing)
-    with pytest.raises(ModelError, match=r"a tensor of shape \(16384,\)"):
-        evaluate(flat, data.test)
-    grid = Network(nn.Conv2d(1, 10, 1), data.inputs, preprocessing)
-    with pytest.raises(ModelError, match=r"the student gives outputs of shape \(2, 10, 8, 8\).*for classification"):
-        taught(tmp_path, student=grid)
-    with pytest.raises(ModelError, match=r"no head 'digit'.*returns tuple"):
-        evaluate(Network(Two(), data.inputs, preprocessing), data.test, head="digit")
 
 
 def test_a_number_of_threads_is_used_while_training_and_put_back(data: Dataset, tmp_path: Path) -> None:

@@ -270,8 +270,8 @@ def test_exits_of_flags_are_rows_as_the_outputs_are() -> None:
         (Term(ofa, 1.0, (pair(),)), "regression", "compares class logits"),
         (Term(mse), "classification", "compares values, and the outputs of classification are class logits"),
         (Term(ofa, 1.0, (pair(),)), "segmentation", "classifies a whole sample"),
-        (Term(hint), "classification", "needs pairs of features"),
-        (Term(kd, 1.0, (pair(),)), "classification", "takes no pairs of features"),
+        (Term(hint), "classification", "needs pairs of layers"),
+        (Term(kd, 1.0, (pair(),)), "classification", "compares outputs, not layers"),
     ],
 )
 def test_a_loss_that_does_not_fit_the_task_or_its_pairs_is_refused(term: Term, name: str, message: str) -> None:
@@ -340,6 +340,22 @@ def test_a_loss_of_ones_own_goes_through_the_same_door() -> None:
     assert found.terms == (term,)
     assert [tap.path for tap in found.objective.student_taps] == ["conv"]
     assert not list(found.objective.parameters())
+
+
+def test_a_loss_on_all_outputs_sees_the_layers_it_names() -> None:
+    seen: list[tuple[Outputs, Outputs]] = []
+
+    def everything(student: Outputs, teacher: Outputs) -> Tensor:
+        seen.append((student, teacher))
+        return student.features["norm"].square().mean()
+
+    found = built([own(everything, pairs=[["norm", "conv"], ["linear:in", "linear:in"]])])
+    assert [tap.path for tap in found.objective.student_taps] == ["norm", "linear:in"]
+    assert [tap.path for tap in found.objective.teacher_taps] == ["conv", "linear:in"]
+    given = Outputs(torch.randn(4, 10), {"norm": torch.ones(4, 8, 4, 4)})
+    teacher = Outputs(torch.randn(4, 10))
+    assert float(found.objective(given, [(1.0, teacher)], None)) == 1.0
+    assert seen[-1] == (given, teacher)
 
 
 def test_what_a_recipe_may_get_wrong() -> None:

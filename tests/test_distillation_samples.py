@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from edgekd.data.arrays import ArraySplit
 from edgekd.data.imagefolder import imagefolder
 from edgekd.distillation.augment import augmented, blended, mixing
-from edgekd.distillation.samples import Samples, Step, mask_of
+from edgekd.distillation.samples import Samples, Step
 from edgekd.errors import DataError, RecipeError
 from edgekd.types import Augment, Dataset, TensorSpec
 
@@ -227,11 +226,3 @@ def test_what_is_not_augmented_is_one_view() -> None:
         assert next(found.epoch(3)).labels.dtype == torch.int64
     endless = Samples(dataset(), PLAIN, batch_size=4, views=0, seed=0, device=CPU)
     assert {step.view for step in endless.epoch(7)} == {7}
-
-
-def test_the_mask_among_the_inputs_is_found() -> None:
-    ids, mask = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)
-    found: list[Tensor | None] = [
-        mask_of({"ids": ids, "mask": mask}), mask_of({"attention_mask": mask}), mask_of({"ids": ids}), mask_of({}),
-    ]  # fmt: skip
-    assert found == [mask, mask, None, None]

@@ -8,15 +8,17 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sample_report import BUDGET, finished, latency, of_values, realistic, variant
+from sample_report import BUDGET, finished, latency, matched, of_values, pair, realistic, taught, variant
 
 from edgekd import report
 from edgekd.bench.accuracy import wilson
 from edgekd.report import figures, story, svg
+from edgekd.report.layers import drawing
 from edgekd.report.render import html, markdown
-from edgekd.types import Budget, Interval, Report
+from edgekd.types import Budget, Interval, LossTerm, Matched, Part, Report
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>|[a](javascript:x)`*_"
 TEACHER = variant("teacher", "teacher", accuracy=wilson(440, 450))
@@ -52,6 +54,8 @@ def hostile() -> Report:
         made, name=HOSTILE, variants=rows, teacher=rows[0].id, notes=(HOSTILE,), environment={HOSTILE: HOSTILE},
         chosen={t: c and c + HOSTILE for t, c in made.chosen.items()}, recipe_sha256=HOSTILE, timings_s={HOSTILE: 1.0},
         comparisons=tuple(dataclasses.replace(c, candidate=HOSTILE) for c in made.comparisons), metric=HOSTILE,
+        training=taught(teachers=(HOSTILE,), losses=(LossTerm(Part(HOSTILE), 1.0, ((HOSTILE, HOSTILE),)),)),
+        correspondence=(Matched(HOSTILE, "same", (pair(HOSTILE, HOSTILE, HOSTILE, 1.0, depth=1.0),), (HOSTILE,)),),
     )  # fmt: skip
 
 
@@ -69,6 +73,7 @@ EDGES: dict[str, Report] = {
     "no targets": finished([TEACHER, variant("v", "onnx", accuracy=wilson(450, 450))], BUDGET),
     "bare": finished([TEACHER], Budget(), environment={}, timings_s={}, notes=()),
     "regression": of_values(),
+    "several heads": dataclasses.replace(realistic(), correspondence=(matched("topic"), matched("mood"))),
     "hostile": hostile(),
 }  # fmt: skip
 
@@ -105,8 +110,9 @@ def test_hostile_names_stay_text() -> None:
     noted = markdown(hostile())
     assert "<script>" not in noted
     assert "\\[a\\](javascript" in noted
-    rows = [line for line in noted.splitlines() if line.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1, "a name breaks the table"
+    for table in re.findall(r"(?:^\|.*\n)+", noted, re.MULTILINE):
+        columns = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(columns) == 1, "a name breaks the table"
 
 
 @pytest.mark.parametrize("name", EDGES)
@@ -249,6 +255,75 @@ def test_labels_of_near_points_do_not_cover_each_other() -> None:
         taken.append(box)
 
 
+def test_layers_that_correspond_are_drawn_and_listed() -> None:
+    made = realistic()
+    page = Page(html(made))
+    lines = [a for tag, a in page.tags if tag == "line" and str(a.get("class")).startswith("pair ")]
+    assert [a["class"] for a in lines] == 2 * (["pair unused"] * 2 + ["pair used"] * 2), "twice: wide and narrow"
+    assert all(a["y1"] == a["y2"] for a in lines), "as many layers at the left as at the right, in the same order"
+    for text in (page.text, markdown(made)):
+        for words in ("layer3.8.relu", "head.fc:in", "64 × 8 × 8", "1 × srd", "no counterpart for maxpool"):
+            assert words in text
+    rows = [line for line in markdown(made).splitlines() if line.startswith("| l")]
+    assert [row.split(" ")[1] for row in rows] == ["layer1", "layer2", "layer3", "linear:in"]
+    assert rows[1] == "| layer2 | 32 × 16 × 16 | layer2 | 64 × 16 × 16 | review (not used) | −0.02 | none |"
+    assert rows[2] == "| layer3 | 64 × 8 × 8 | layer3.8.relu | 128 × 8 × 8 | 1 × srd | 0.61 | 64 → 128 |"
+
+
+def test_nothing_is_drawn_or_said_of_layers_where_none_are_compared() -> None:
+    made = dataclasses.replace(realistic(), correspondence=())
+    text = html(made)
+    assert "ayers that" not in text
+    assert 'class="layers"' not in text
+    assert "ayers that" not in markdown(made)
+    assert "The student learned from resnet56" in text
+    silent = dataclasses.replace(made, training=None)
+    assert "How the student was trained" not in html(silent) + markdown(silent)
+
+
+def test_labels_of_lines_that_cross_do_not_cover_each_other() -> None:
+    crossing = tuple(
+        pair(mine, theirs, "cosine", 1.0, depth=depth)
+        for (mine, theirs), depth in zip((("a", "y"), ("b", "x"), ("c", "x")), (0.1, 0.2, 0.9), strict=True)
+    )
+    layers = [dataclasses.replace(p, teacher=dataclasses.replace(p.teacher, depth=0.5)) for p in crossing]
+    boxes = [
+        svg.Box(x, y, x + float(a["width"] or 0), y + float(a["height"] or 0))
+        for tag, a in Page(drawing(layers, 1108, 0.32)).tags
+        if tag == "rect" and a["class"] == "behind"
+        for x, y in [(float(a["x"] or 0), float(a["y"] or 0))]
+    ]
+    assert len(boxes) == 3
+    assert all(one.overlap(other) == 0 for at, one in enumerate(boxes) for other in boxes[at + 1 :])
+
+
+def test_two_losses_on_the_same_layers_are_one_line() -> None:
+    same = [pair("a", "b", "srd", 1.0, depth=0.5), pair("a", "b", "cosine", 0.25, depth=0.5)]
+    page = Page(drawing(same, 1108, 0.32))
+    assert [a["class"] for tag, a in page.tags if tag == "line"] == ["pair used"]
+    assert "1 × srd + 0.25 × cosine" in page.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "The student learned from resnet56 in 30 epochs, which took 12 min 4 s in bf16. "),
+        ({}, "Its loss was 0.9 × kd + 0.1 × ce + 1 × srd on 2 pairs of layers; 50 % of what it was taught came from"),
+        ({"recalled": 1.0}, "; all of what it was taught came from the cache"),
+        ({"recalled": 0.99999}, "; 99.9 % of what it was taught"),
+        ({"recalled": 0.0}, "; none of what it was taught"),
+        ({"recalled": None}, "on 2 pairs of layers."),
+        ({"epochs": 1}, "in 1 epoch, which"),
+        ({"teachers": ("a", "b", "c")}, "learned from the weighted mean of a, b and c in"),
+        ({"assistants": ("b",), "teachers": ("a",)}, "learned from b, which had learned from a, in 30"),
+        ({"assistants": ("b", "c")}, "learned from c, which had learned from b, which had learned from resnet56, in"),
+        ({"teachers": ()}, "learned from the labels alone in 30"),
+    ],
+)
+def test_how_the_student_was_trained_is_told(changes: dict[str, Any], says: str) -> None:
+    assert says in story.taught(taught(**changes))
+
+
 def test_a_limit_far_below_every_point_tints_nothing() -> None:
     text = html(EDGES["nothing chosen"])
     assert 'class="allowed"' not in text
@@ -257,7 +332,7 @@ def test_a_limit_far_below_every_point_tints_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["realistic", "nothing chosen", "one variant", "hostile"])
+@pytest.mark.parametrize("name", ["realistic", "nothing chosen", "one variant", "several heads", "hostile"])
 def test_a_browser_shows_it_on_a_phone_without_errors(name: str, tmp_path: Path) -> None:
     browser = next(
         (path for word in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(word))), None

@@ -38,6 +38,17 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
+def test_a_report_of_before_layers_were_told_is_read(tmp_path: Path) -> None:
+    document = json.loads(json.dumps(dataclasses.asdict(realistic())))
+    assert document["correspondence"][0]["pairs"][0]["student"]["path"] == "layer3"
+    assert document["training"]["losses"][0]["part"]["name"] == "kd"
+    del document["correspondence"], document["training"]
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    read = report.load(tmp_path)
+    assert (read.training, read.correspondence) == (None, ())
+    jsonschema.validate(document, report.schema())
+
+
 def drop_key(document: dict[str, Any]) -> None:
     """Take something away that must be there."""
     del document["variants"][0]["stage"]

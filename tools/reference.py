@@ -78,32 +78,66 @@ def _help(command: click.Command, name: str) -> str:
 def _recipe() -> Iterator[str]:
     yield "# Recipe\n"
     yield textwrap.dedent("""\
-        `edgekd compress` reads `edgekd.toml`, or the recipe it is given. One file, read top to bottom: no inheritance,
-        no expressions; an unknown key is an error that names the nearest one. Relative paths are relative to the
-        recipe's folder. `edgekd init` writes one to start from; the recipe with every default filled in is left in the
-        run folder and reruns the same run.
+        `edgekd compress` and `edgekd distill` read `edgekd.toml`, or the recipe they are given. One file, read top to
+        bottom: no inheritance, no expressions; an unknown key is an error that names the nearest one. Relative paths
+        are relative to the recipe's folder. `edgekd init` writes one to start from; the recipe with every default
+        filled in, and every pair of layers that was found, is left in the run folder and reruns the same run.
 
         | key | type | default | meaning |
         |---|---|---|---|
         | `name` | str | | names the run and its folder, `runs/<name>` |
-        | `seed` | int | `0` | of splits, initial weights, order and augmentation |
+        | `seed` | int | `0` | of splits, initial weights and order; the augmentation has its own |
 
         ## `[data]`
 
         `name` is a [data part](parts.md#data); the other keys are its options.
 
+        ## `[task]`
+
+        `name` is a [task](parts.md#tasks), what the outputs are; the other keys are its options. Left out, it is
+        `classification`.
+
         ## `[teacher]` and `[student]`
         """)
-    rows = dict(_field_rows(types.ModelSpec))
-    rows.pop("options")
-    yield from _table({"model": rows.pop("name")} | rows)
+    yield from _table(_model_rows())
     yield "\nOther keys are options of the [model part](parts.md#models). A teacher without `weights` is trained first,"
     yield "by `[teacher.train]`; the student is trained by `[distill]`.\n"
+    yield "Several teachers are `[[teacher]]` tables. The student learns the mean of their probabilities, by `weight`"
+    yield "(float > 0, default `1.0`) in each of the tables, and the first one's features.\n"
     yield "## `[teacher.train]` and `[distill]`\n"
-    yield from _table(dict(_field_rows(types.TrainOptions)))
+    yield from _table(_keys(types.TrainOptions))
+    yield "\nIn `[distill]` label smoothing is an option of the loss `ce`; in `[teacher.train]`, where nobody is asked,"
+    yield "`views` is refused.\n"
+    yield "## `[[distill.assistants]]`\n"
+    yield f"{_first_line(recipe.Assistant)}\n"
+    rows = _keys(recipe.Assistant)
+    yield from _table(_model_rows() | {"epochs": ("int ≥ 1", *rows["epochs"][1:])})
     yield "\n## `[[loss]]`\n"
-    yield "Each names a [loss](parts.md#losses) with `weight` (default `1.0`) and its options; the student minimises"
-    yield f"their weighted sum. Left out: {_inline(recipe.HINTON)} (Hinton 2015).\n"
+    yield "The student minimises the weighted sum of these. Other keys are options of the [loss](parts.md#losses).\n"
+    yield textwrap.dedent(f"""\
+        | key | type | default | meaning |
+        |---|---|---|---|
+        | `name` | str | | of the loss; `{recipe.AUTO}`: those that `match` chooses, with their pairs of layers |
+        | `weight` | float > 0 | `1.0` | of the loss in the sum |
+        | `pairs` | [[str, str], …] | found | of a loss of features: layers by their paths, the student's first |""")
+    yield "\nLeft out, they are those of the task:\n"
+    yield "| task | losses |\n|---|---|"
+    for name in sorted(plugins.names("tasks")):
+        task: types.Task = plugins.build("tasks", types.Part(name))
+        yield f"| `{name}` | {' + '.join(map(_term, task.losses))} |"
+    yield "\n## `[[task]]`\n"
+    yield textwrap.dedent("""\
+        A student of several tasks has one of these for each of its heads, in place of `[data]`, `[task]` and
+        `[teacher]`. `edgekd distill` trains it.
+
+        | key | type | default | meaning |
+        |---|---|---|---|
+        | `head` | str | | names the student's output for it |
+        | `name` | str | `"classification"` | the [task](parts.md#tasks); other keys are its options |
+        | `data` | table | | as `[data]` |
+        | `teacher` | table, or several | | as `[teacher]`, with its `train` |
+        | `loss` | several tables | those of the recipe, else of the task | as `[[loss]]` |
+        """)
     for title, cls in (
         ("augment", types.Augment),
         ("export", recipe.Export),
@@ -111,13 +145,32 @@ def _recipe() -> Iterator[str]:
         ("budget", types.Budget),
     ):
         yield f"## `[{title}]`\n"
-        yield f"{(inspect.getdoc(cls) or '').splitlines()[0]}\n"
-        yield from _table(dict(_field_rows(cls)))
+        yield f"{_first_line(cls).replace('None is', 'left out is')}\n"
+        yield from _table(_keys(cls))
         yield ""
 
 
-def _inline(tables: object) -> str:
-    return ", ".join(f"`{json.dumps(table)}`" for table in typing.cast("list[object]", tables))
+def _model_rows() -> dict[str, tuple[str, str, str]]:
+    rows = _keys(types.ModelSpec)
+    rows.pop("options")
+    return {"model": rows.pop("name")} | rows
+
+
+def _term(term: types.LossTerm) -> str:
+    options = ", ".join(f"{name} = {_toml(value)}" for name, value in term.part.options.items())
+    return f"{term.weight:g} × `{term.part.name}`" + (f" ({options})" if options else "")
+
+
+def _keys(cls: type) -> dict[str, tuple[str, str, str]]:
+    """The fields of a dataclass as keys of TOML, which has no None."""
+    return {
+        name: (kind.replace(" \\| None", ""), default, meaning.replace("None: ", "left out: "))
+        for name, (kind, default, meaning) in _field_rows(cls)
+    }
+
+
+def _first_line(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").splitlines()[0]
 
 
 def _table(rows: dict[str, tuple[str, str, str]]) -> Iterator[str]:
@@ -166,8 +219,9 @@ def _toml(value: object) -> str:
 def _parts() -> Iterator[str]:
     yield "# Parts\n"
     yield (inspect.getdoc(plugins) or "") + "\n"
-    for kind in ("data", "models", "losses", "backends"):
+    for kind in ("data", "tasks", "models", "losses", "backends"):
         yield f"## {kind}\n"
+        yield f"```text\n{inspect.getdoc(importlib.import_module(f'edgekd.{kind}')) or ''}\n```\n"
         for name, module in sorted(plugins.names(kind).items()):
             if not module.startswith("edgekd."):
                 continue
@@ -242,6 +296,12 @@ def _report() -> Iterator[str]:
         types.Estimate,
         types.Budget,
         types.Verdict,
+        types.Training,
+        types.LossTerm,
+        types.Part,
+        types.Matched,
+        types.LayerPair,
+        types.Layer,
     )
     for cls in shown:
         yield f"## {cls.__name__}\n"

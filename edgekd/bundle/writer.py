@@ -47,6 +47,7 @@ def write(
     provenance: Mapping[str, Json],
     verdict: Verdict | None,
     task: Task | None = None,
+    assets: Mapping[str, bytes] | None = None,
     threads: int = 1,
 ) -> Path:
     """Write the bundle of `target` into `folder`; an older bundle there is replaced when the new one is complete.
@@ -63,6 +64,7 @@ def write(
         provenance: artifact keys and versions. No paths of this machine.
         verdict: what the report said of the chosen model.
         task: what the output is; left out: a logit for each class.
+        assets: files that an app needs to make inputs, by name, e.g. tokenizer.json.
         threads: of ONNX Runtime, for the golden outputs.
 
     Returns:
@@ -88,6 +90,8 @@ def write(
         _write_programs(partial, target, apps=readme.has_apps(content))
         if labels:
             (partial / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        for asset, held in (assets or {}).items():
+            (partial / Path(asset).name).write_bytes(held)
         (partial / "README.md").write_text(readme.render(replace(content, files=_list(partial))), encoding="utf-8")
         _finish(partial, replace(content, files=_list(partial)))
         _replace(partial, folder)

@@ -118,8 +118,8 @@ def distill(
         cache: folder of teachers' answers; None: they are not kept.
 
     Returns:
-        As `train`, and for each head the `losses` with every pair of layers named, and the `correspondence` where
-        layers were matched.
+        As `train`, and for each head the `losses` with every pair of layers named, and the `correspondence`: the pairs
+        where losses compare layers, with what was found and is not used.
 
     Raises:
         ModelError: teacher and student have different numbers of outputs, or one differs from the data's.
@@ -174,10 +174,10 @@ def distill_tasks(
             built = build(first, student, lesson.terms, lesson.task, classes, _probe(lesson.data))
         name = lesson.head or "student"
         losses[name] = [loss_table(term) for term in built.terms]
-        if built.correspondence is not None:
-            matched[name] = built.correspondence.as_json()
-            for text in built.correspondence.notes:
-                say("note", text=text)
+        if pairs := built.pairs():
+            matched[name] = pairs
+        for text in built.correspondence.notes if built.correspondence is not None else ():
+            say("note", text=text)
         courses.append(Course(lesson.head, lesson.data, lesson.task, tuple(lesson.teachers), built.objective))
     meta = fit(Job("distill", student, tuple(courses), options, augment, seed, work, cache, say))
     return meta | {"losses": losses, "correspondence": matched}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from edgekd.correspondence import Tap, Taps
 from edgekd.distillation import augment as augmentation
 from edgekd.distillation import compiled, equivariance, precision
-from edgekd.distillation.cache import MANIFEST, TeacherCache, folder_of
+from edgekd.distillation.cache import MANIFEST, TeacherCache, folder_of, remove_oldest
 from edgekd.distillation.job import Course, Job, Teacher, weights_hash
 from edgekd.distillation.logits import forward
 from edgekd.distillation.precision import Choice, autocast
@@ -54,12 +55,15 @@ class Answers:
         self._taps = Taps(teacher.network, taps)
         self._cache: TeacherCache | None = None
         self.choice = Choice("fp32", "as asked")
+        self._asked_for = self._recalled = 0  # samples, and those of them that were kept from before
         self._size = [side for side in course.data.inputs[0].shape[1:3] if isinstance(side, int)]
 
     def choose(self, kept: Mapping[str, Json] | None, first: Step) -> None:
         """Decide how the teacher computes: as a checkpoint says, as its cache was filled, or by a measurement."""
         if kept is not None:
-            self.choice = Choice(**kept)  # type: ignore[arg-type]
+            facts: dict[str, Any] = dict(kept)
+            self._asked_for, self._recalled = facts.pop("asked", 0), facts.pop("recalled", 0)
+            self.choice = Choice(**facts)
         else:
             self.choice = here().once(lambda: self._precision(first))
             if self._job.options.precision == "auto":
@@ -80,6 +84,8 @@ class Answers:
         found: Mapping[str, Tensor] | None = None
         if self._cache is not None:
             kept = self._cache.take(view, step.indices)
+            self._asked_for += len(step.indices)
+            self._recalled += len(step.indices) if kept is not None else 0
             if kept is None:
                 kept = self._cache.put(view, step.indices, self._live(step))
             found = {name: torch.from_numpy(array).to(self._home) for name, array in kept.items()}
@@ -88,6 +94,10 @@ class Answers:
         if self._moves:
             found = equivariance.moved(found, step.indices, step.view, self._job.augment, self._size)
         return Outputs(found[LOGITS].float(), {name: value for name, value in found.items() if name != LOGITS})
+
+    def json(self) -> dict[str, Json]:
+        """As it stands in meta: how the teacher computes, and where answers are kept how many were."""
+        return self.choice.json() | {"asked": self._asked_for, "recalled": self._recalled}
 
     def flush(self) -> None:
         """Make sure that the disk holds what was kept; before a checkpoint that counts on it."""
@@ -162,13 +172,21 @@ class Answers:
         return cache is not None and (folder_of(cache, self._facts(computed)) / MANIFEST).exists()
 
     def _open(self, first: Step) -> None:
-        shapes = {name: tuple(value.shape[1:]) for name, value in self._live(first).items()}
         job = self._job
         assert job.cache is not None
+        for tap in self._tap_list:
+            if tap.ragged:  # and without it the logits alone would spare no forward pass
+                text = f"what the teacher says is not kept: '{tap.path}' is as long as the longest sequence of a batch"
+                job.say("note", text=text)
+                return
+        shapes = {name: tuple(value.shape[1:]) for name, value in self._live(first).items()}
+        limit_bytes = int(job.options.cache_gb * 1e9)
         self._cache = TeacherCache(
-            job.cache, self._facts(self.choice.precision), samples=self._samples.count,
-            limit_bytes=int(job.options.cache_gb * 1e9), keep=shapes, say=job.say,
+            job.cache, self._facts(self.choice.precision), samples=self._samples.count, limit_bytes=limit_bytes,
+            keep=shapes, say=job.say,
         )  # fmt: skip
+        folder = self._cache.folder
+        here().once(lambda: remove_oldest(job.cache, limit_bytes, using=[folder], say=job.say) if job.cache else None)
         self._cache.check(lambda view, indices: self._live(self._samples.at(view, indices)))
 
     @cached_property

@@ -47,14 +47,14 @@ def decided(
     """
     if asked == "off":
         return replace(choice, compile_reason="as asked")
+    if not steps:
+        return replace(choice, compile_reason="nothing is left to compute")
     against = against or unable()
     if asked == "on":
         against = against or _failure(network, run)
         if against:
             raise EdgekdError(f"the network cannot be compiled: {against}", where="compile", fix='say compile = "auto"')
         return replace(choice, compiled=True, compile_reason="as asked")
-    if not steps:
-        return replace(choice, compile_reason="nothing is left to compute")
     ahead_s = steps * _shortest(lambda: run(network), device, rounds=1)  # at most: the first run is the slowest
     if ahead_s < LEAST_S:
         return replace(choice, compile_reason=f"{ahead_s / 60:.1f} min of computing are too few to try it")

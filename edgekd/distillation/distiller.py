@@ -27,13 +27,14 @@ class Distiller(nn.Module):
             loss = distiller(images, labels=labels)
             loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    `correspondence` tells how layers were found, where a loss compares layers; `logits` are the student's, of the last
-    batch. The parameters are those of the projectors alone, which only training needs: the student is saved, exported
-    and used as it is. The networks are watched through hooks on their modules; `close` (or `with`) takes them off.
+    `correspondence` is what `match` found, where a loss is "auto"; `logits` are the student's, of the last batch. The
+    parameters are those of the projectors alone, which only training needs: the student is saved, exported and used as
+    it is. The networks are watched through hooks on their modules; `close` (or `with`) takes them off.
 
     Args:
         teacher, student: any modules that take the same batch and return logits; the student is trained as it is put
-            (train or eval mode), the teacher is put into eval mode and gets no gradient.
+            (train or eval mode), the teacher is put into eval mode and gets no gradient. Several teachers are one by
+            the mean of their probabilities; layers are compared with the first one's.
         probe: one batch as both take it (a tensor, or a tuple or dictionary of them), for a look at their layers.
         losses: names of losses, or tables as a recipe has them: {"name": "kd", "weight": 0.9, "temperature": 2.0}.
         task: what the outputs are: "classification", "segmentation", "multilabel", "regression" or a Task.
@@ -45,7 +46,7 @@ class Distiller(nn.Module):
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | Sequence[nn.Module],
         student: nn.Module,
         probe: Any,
         losses: Sequence[str | Mapping[str, Any] | LossTerm] = ("kd",),
@@ -54,16 +55,19 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.task: Task = plugins.build("tasks", Part(task)) if isinstance(task, str) else task
-        self._networks = teacher, student  # in a tuple, so that their weights are not taken for this module's
-        classes = self._classes(probe)
+        # In tuples, so that their weights are not taken for this module's.
+        self._teachers = (teacher,) if isinstance(teacher, nn.Module) else tuple(teacher)
+        self._student = (student,)
+        first, classes = self._teachers[0], self._classes(probe)
         terms = [loss_term(loss, f"losses[{at}]") for at, loss in enumerate(losses)]
-        built = build(teacher, student, terms, self.task, classes, lambda: probe)
+        built = build(first, student, terms, self.task, classes, lambda: probe)
         self.objective, self.correspondence = built.objective, built.correspondence
         device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
         self.objective.to(device)
-        self._taps = Taps(teacher, self.objective.teacher_taps), Taps(student, self.objective.student_taps)
+        self._taps = Taps(first, self.objective.teacher_taps), Taps(student, self.objective.student_taps)
         self.logits: Tensor | None = None
-        teacher.eval()
+        for each in self._teachers:
+            each.eval()
 
     def forward(self, *inputs: Any, labels: Tensor | None = None, **named: Any) -> Tensor:
         """The loss of one batch, given as both networks take it.
@@ -71,13 +75,14 @@ class Distiller(nn.Module):
         Args:
             labels: as the task takes them; may be left out where no loss asks for them.
         """
-        teacher, student = self._networks
-        logits = _logits(student(*inputs, **named), "student")
-        features = self._taps[1].take()
+        logits = _logits(self._student[0](*inputs, **named), "student")
+        student = Outputs(logits, self._taps[1].take())
         with torch.no_grad():
-            answer = Outputs(_logits(teacher(*inputs, **named), "teacher"), self._taps[0].take())
+            said = [_logits(teacher(*inputs, **named), "teacher") for teacher in self._teachers]
+        features = self._taps[0].take()
+        answers = [(1.0, Outputs(each, features if at == 0 else {})) for at, each in enumerate(said)]
         self.logits = logits.detach()
-        loss: Tensor = self.objective(Outputs(logits, features), [(1.0, answer)], labels, mask_of(named))
+        loss: Tensor = self.objective(student, answers, labels, mask_of(named))
         return loss
 
     def close(self) -> None:
@@ -96,7 +101,7 @@ class Distiller(nn.Module):
     def _classes(self, probe: Any) -> int:
         """The number of outputs, which both networks have to agree on."""
         counts = []
-        for role, network in zip(("teacher", "student"), self._networks, strict=True):
+        for role, network in (*(("teacher", each) for each in self._teachers), ("student", self._student[0])):
             modes = {module: module.training for module in network.modules()}
             network.eval()
             try:
@@ -105,9 +110,9 @@ class Distiller(nn.Module):
             finally:
                 for module, mode in modes.items():
                     module.training = mode
-        if counts[0] != counts[1]:
+        if len(set(counts)) > 1:
             raise ModelError(
-                f"the teacher has {counts[0]} outputs and the student {counts[1]}",
+                f"the student has {counts[-1]} outputs, and of its teachers {', '.join(map(str, counts[:-1]))}",
                 expected="as many of one as of the other",
             )
         return counts[0]

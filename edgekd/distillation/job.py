@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ def identity(job: Job) -> str:
     """A hash of what this training is; only a checkpoint of the same one may be gone on from."""
     digest = hashlib.sha256()
     shapes = [(name, tuple(value.shape)) for name, value in job.trained.state_dict().items()]
-    for fact in (job.step, job.options, job.augment, job.seed, shapes):
+    options = replace(job.options, cache_gb=float(bool(job.options.cache_gb)))  # how much is kept changes no answer
+    for fact in (job.step, options, job.augment, job.seed, shapes):
         digest.update(repr(fact).encode())
     for course in job.courses:
         facts = course.head, course.task.name, course.data.fingerprint, str(course.objective)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from edgekd.distillation import checkpoint, compiled, precision
+from edgekd.distillation.allocator import keep_freed_memory
 from edgekd.distillation.augment import random_bits
 from edgekd.distillation.job import Job, check_finite, deterministic, identity
 from edgekd.distillation.lessons import Lessons, turns
@@ -40,6 +41,7 @@ def fit(job: Job) -> dict[str, Json]:
     Afterwards the network is on the processor, in eval mode, with the weights that were kept; teachers are as before.
     """
     home = device()
+    keep_freed_memory()
     check_finite(job)
     for network in (job.network, *job.teachers):
         place(network, network.preprocessing is not None)
@@ -134,9 +136,9 @@ class _Training:
             "compiled": self.student.compiled, "compile_reason": self.student.compile_reason,
             "processes": here().world,
         }  # fmt: skip
-        choices = [answers.choice for lessons in self.lessons for answers in lessons.answers]
-        if choices:
-            found["teachers"] = [choice.json() for choice in choices]
+        teachers: list[Json] = [answers.json() for lessons in self.lessons for answers in lessons.answers]
+        if teachers:
+            found["teachers"] = teachers
         return found
 
     # ------------------------------------------------------------ one epoch
@@ -253,11 +255,11 @@ class _Training:
     def _save(self) -> None:
         state = self.trained.state_dict()
         self._check_weights(state)
-        choices: Sequence[Choice] = [answers.choice for lessons in self.lessons for answers in lessons.answers]
+        teachers = [answers.json() for lessons in self.lessons for answers in lessons.answers]
         kept = {
             "step": self.step, "train_s": self.train_s, "history": self.history, "losses": self.losses,
             "trained": dict(state), "average": self.average.kept(), "optimizer": self.optimizer.state_dict(),
-            "student": self.student.json(), "teachers": [choice.json() for choice in choices],
+            "student": self.student.json(), "teachers": teachers,
         }  # fmt: skip
         for lessons in self.lessons:
             for answers in lessons.answers:

@@ -15,15 +15,16 @@ from torch.nn.functional import log_softmax
 
 from edgekd import correspondence, plugins
 from edgekd.correspondence import FEATURES, Adapter, Correspondence, Pair
-from edgekd.correspondence.table import grouped
+from edgekd.correspondence.table import grouped, told
 from edgekd.errors import PartError, RecipeError, nearest
 from edgekd.recipe import AUTO
-from edgekd.types import LossTerm, Outputs, Part, Task
+from edgekd.types import Json, LossTerm, Outputs, Part, Task
 
 _LOGITS = frozenset({"student_logits", "teacher_logits", "exit_logits"})
 _VALUES = frozenset({"student_values", "teacher_values"})
+_OUTPUTS = frozenset({"student", "teacher"})
 _OF_TEACHER = (FEATURES | {"teacher_logits", "teacher_values", "teacher"}) - {"mask", "exit_logits"}
-GIVEN = FEATURES | _LOGITS | _VALUES | {"labels", "student", "teacher"}
+GIVEN = FEATURES | _LOGITS | _VALUES | _OUTPUTS | {"labels"}
 
 
 def asks(loss: Callable[..., Tensor], where: str = "loss") -> tuple[str, ...]:
@@ -149,8 +150,7 @@ class Objective(nn.Module):
         return total
 
     def _term(self, at: int, given: Mapping[str, Any], labels: Tensor | None, mask: Tensor | None) -> Tensor:
-        term = self.terms[at]
-        if not term.pairs:
+        if FEATURES.isdisjoint(self._asks[at]):
             return self._value(at, given)
         # projectors are of float32, whatever the networks compute in and the cache keeps
         mine, theirs = (
@@ -192,9 +192,10 @@ class Objective(nn.Module):
                 where="loss",
                 fix="use a loss of features",
             )
-        if of_features(term.loss) != bool(term.pairs):
-            need = "needs pairs of features, and none was found" if not term.pairs else "takes no pairs of features"
-            raise PartError(f"{what} {need}", where="loss", fix="see the table that match() prints, or leave it out")
+        _check_layers(what, names, bool(term.pairs), "loss")
+        if not term.pairs and not FEATURES.isdisjoint(names):
+            fix = "name the layers: pairs = [[student path, teacher path], …]"
+            raise PartError(f"{what} needs pairs of layers, and none was found", where="loss", fix=fix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,19 @@ class Built:
     objective: Objective
     terms: tuple[LossTerm, ...]
     correspondence: Correspondence | None
+
+    def pairs(self) -> dict[str, Json]:
+        """For the report: the layers that are compared, and those that were found and are not; empty where none are."""
+        used = [pair for term in self.objective.terms for pair in term.pairs]
+        found, known = self.correspondence, {pair.paths for pair in used}
+        others = [pair for pair in found.pairs if pair.paths not in known] if found is not None else []
+        if not used:
+            return {}
+        return {
+            "family": found.family if found is not None else None,
+            "pairs": [told(pair) for pair in (*used, *others)],
+            "notes": list(found.notes) if found is not None else [],
+        }
 
 
 def build(
@@ -233,16 +247,12 @@ def build(
             found = correspondence.match(teacher, student, probe()) if found is None else found
             spelt += [replace(each, weight=each.weight * term.weight) for each in found.terms()]
             continue
-        loss = plugins.bind("losses", term.part, where=f"loss[{at}]")
-        asks(loss, f"loss[{at}]")
-        if term.pairs is not None and not of_features(loss):
-            raise PartError(
-                f"{term.part.name} compares outputs, not layers", where=f"loss[{at}]", fix="leave out 'pairs'"
-            )
+        names = asks(plugins.bind("losses", term.part, where=f"loss[{at}]"), f"loss[{at}]")
+        _check_layers(term.part.name, names, bool(term.pairs), f"loss[{at}]")
         spelt.append(term)
     bound: list[Term] = []
     explicit: list[LossTerm] = []
-    compared = any(of_features(plugins.bind("losses", term.part)) for term in spelt)
+    compared = any(term.pairs or of_features(plugins.bind("losses", term.part)) for term in spelt)
     pairs = correspondence.resolve(teacher, student, probe(), spelt) if compared else [()] * len(spelt)
     for term, on in zip(spelt, pairs, strict=True):
         # the options of a pair may follow from its layers: those that differ in them are terms of their own
@@ -271,6 +281,11 @@ def ensemble(answers: Sequence[tuple[float, Tensor]], temperature: float) -> Ten
     whole = sum(weight for weight, _ in answers)
     logs = [log_softmax(each.float() / temperature, 1) + math.log(weight / whole) for weight, each in answers]
     return torch.logsumexp(torch.stack(logs), 0) * temperature
+
+
+def _check_layers(loss: str, names: Sequence[str], given: bool, where: str) -> None:
+    if given and (FEATURES | _OUTPUTS).isdisjoint(names):
+        raise PartError(f"{loss} compares outputs, not layers", where=where, fix="leave out 'pairs'")
 
 
 def _temperature(loss: Callable[..., Tensor]) -> float:

@@ -29,7 +29,10 @@ def optimizer(module: nn.Module, options: TrainOptions) -> torch.optim.Optimizer
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
     nesterov = options.momentum > 0
-    return torch.optim.SGD(groups, options.learning_rate, options.momentum, nesterov=nesterov, fused=True)
+    made = torch.optim.SGD(groups, options.learning_rate, options.momentum, nesterov=nesterov, fused=True)
+    if nesterov:  # torch's fused kernel takes a momentum of all or of none; a head of another task learns later
+        made.state.update((p, {"momentum_buffer": torch.zeros_like(p)}) for p in trained)
+    return made
 
 
 def learning_rate(options: TrainOptions, step: int, steps: int, steps_per_epoch: int) -> float:

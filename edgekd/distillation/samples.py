@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from edgekd.errors import DataError, RecipeError
 from edgekd.types import Arrays, Augment, Batch, Dataset
 
 Inputs = Mapping[str, Tensor]  # by input name, batch first, on the training device
-MASKS = ("mask", "attention_mask")  # what an input that says which positions count is called
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +152,6 @@ def on_device(arrays: Arrays, device: torch.device) -> dict[str, Tensor]:
     """The arrays as tensors on `device`, sharing memory where they can."""
     writable = {name: np.require(array, requirements=["C", "W"]) for name, array in arrays.items()}
     return {name: torch.from_numpy(array).to(device) for name, array in writable.items()}
-
-
-def mask_of(inputs: Mapping[str, Any]) -> Tensor | None:
-    """The input that says which positions count (batch × positions, 0 where padding is), or None."""
-    return next((inputs[name] for name in MASKS if isinstance(inputs.get(name), Tensor)), None)
 
 
 def _labels(labels: np.ndarray) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def build(
     classes: int | Mapping[str, int],
     inputs: tuple[TensorSpec, ...],
     images: bool,
-    dense: bool = False,
+    dense: bool | Collection[str] = False,
 ) -> Network:
     """The network a recipe names, with its weights and its preprocessing, tried once on a batch of two.
 
@@ -38,7 +38,7 @@ def build(
         classes: number of outputs; of a network with several heads, whose forward returns a dictionary, by head.
         inputs: the samples as they are stored, batch dimension first.
         images: whether the one input is a uint8 image to be normalised inside the network.
-        dense: whether outputs have a grid behind the classes.
+        dense: whether outputs have a grid behind the classes; of several heads, the names of those that have.
 
     Raises:
         PartError: there is no such model, or it does not take an option.
@@ -62,7 +62,7 @@ def adopted(
     classes: int | Mapping[str, int],
     inputs: tuple[TensorSpec, ...],
     images: bool,
-    dense: bool = False,
+    dense: bool | Collection[str] = False,
 ) -> Network:
     """A module that is there already as a network, with the mean and std of `spec`; otherwise as `build`."""
     network = Network(module, inputs, _preprocessing(spec, module, inputs, images))
@@ -114,7 +114,7 @@ def _defaults(own: Mapping[str, object], channels: int) -> tuple[tuple[float, ..
     return (0.5,) * channels, (0.5,) * channels
 
 
-def _try(network: Network, classes: int | Mapping[str, int], dense: bool, name: str) -> None:
+def _try(network: Network, classes: int | Mapping[str, int], dense: bool | Collection[str], name: str) -> None:
     """One forward pass of two empty samples, which leaves modes and random state as they were."""
     samples = []
     for spec in network.inputs:
@@ -134,13 +134,14 @@ def _try(network: Network, classes: int | Mapping[str, int], dense: bool, name: 
         for module, training in modes.items():
             module.training = training
     if not isinstance(classes, Mapping):
-        _check_output(output, classes, dense, f"for a batch of two ({given})", name)
+        _check_output(output, classes, bool(dense), f"for a batch of two ({given})", name)
         return
     if not isinstance(output, Mapping) or set(output) != set(classes):
         heads = ", ".join(f"'{head}'" for head in classes)
         raise ModelError(f"it returns {_told(output)}", where=name, expected=f"a dictionary of logits: {heads}")
     for head, count in classes.items():
-        _check_output(output[head], count, dense, f"from the head '{head}' for a batch of two ({given})", name)
+        grid = dense if isinstance(dense, bool) else head in dense
+        _check_output(output[head], count, grid, f"from the head '{head}' for a batch of two ({given})", name)
 
 
 def _check_output(output: object, classes: int, dense: bool, source: str, name: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import ModelError
-from edgekd.models.sequences import head, pooled, sequences
+from edgekd.models.sequences import head, pooled, sequence_of
 from edgekd.types import TensorSpec
 
 _EMBEDDING_STD = 0.1  # torch's 1 was 0.5 to 3 points worse on TREC and SST-2 (8 epochs)
@@ -66,7 +66,7 @@ class Recurrent(nn.Module):
         for option, value in (("width", width), ("layers", layers), ("embedding", embedding)):
             if value < 1:
                 raise ModelError(f"{option} is {value}", where=name, expected="at least 1")
-        given = sequences(inputs, name, vocabulary)
+        given = sequence_of(inputs, name, vocabulary)
         self.embedding = None if given.vocabulary is None else nn.Embedding(given.vocabulary, embedding)
         self.dropout = nn.Dropout(dropout)
         features = width * (2 if bidirectional else 1)

@@ -20,7 +20,7 @@ class Sequences:
     vocabulary: int | None
 
 
-def sequences(inputs: tuple[TensorSpec, ...], model: str, vocabulary: int | None = None) -> Sequences:
+def sequence_of(inputs: tuple[TensorSpec, ...], model: str, vocabulary: int | None = None) -> Sequences:
     """The sequence input, which a mask (batch × time) may follow.
 
     Args:

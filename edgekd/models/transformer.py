@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from edgekd.errors import ModelError
-from edgekd.models.sequences import head, pooled, sequences
+from edgekd.models.sequences import head, pooled, sequence_of
 from edgekd.types import TensorSpec
 
 _STD = 0.02  # of initial weights, as in BERT
@@ -34,10 +34,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """(batch × time × width) → the same; `bias` (batch × 1 × 1 × time) is added to the scores of keys."""
         batch, steps, width = x.shape
-        split = (
-            part.reshape(batch, steps, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, 2)
-        )
-        seen = scaled_dot_product_attention(*split, attn_mask=bias)
+        parts = self.qkv(self.norm1(x)).chunk(3, 2)
+        query, key, value = (part.reshape(batch, steps, self.heads, -1).transpose(1, 2) for part in parts)
+        seen = scaled_dot_product_attention(query, key, value, attn_mask=bias)
         x = x + self.dropout(self.proj(seen.transpose(1, 2).reshape(batch, steps, width)))
         out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
         return out
@@ -60,7 +59,7 @@ class Transformer(nn.Module):
         vocabulary: int | None,
     ) -> None:
         super().__init__()
-        given = sequences(inputs, "transformer", vocabulary)
+        given = sequence_of(inputs, "transformer", vocabulary)
         if isinstance(given.length, str):
             raise ModelError(
                 f"sequences differ in length ('{given.length}')",

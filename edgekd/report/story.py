@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from edgekd.report import figures
 from edgekd.report.judge import judge, rejections
-from edgekd.types import Budget, Latency, Report, Variant
+from edgekd.types import Budget, Latency, LossTerm, Report, Training, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,49 @@ def footnote(metric: str) -> str:
         f"{how} Parity: the least cosine and the largest difference of outputs from the stage before. Latency of one "
         "sample, with the interval of its median."
     )
+
+
+def taught(training: Training | None) -> str:
+    """How the student was trained; nothing where it is not known."""
+    if training is None:
+        return ""
+    *before, last = (_several(training.teachers), *training.assistants) if training.teachers else ("the labels alone",)
+    lineage = last + "".join(f", which had learned from {name}" for name in reversed(before))
+    epochs = "1 epoch" if training.epochs == 1 else f"{training.epochs} epochs"
+    losses = " + ".join(_term(term) for term in training.losses)
+    text = f"The student learned from {lineage}{',' if before else ''} in {epochs}, which took "
+    text += f"{figures.duration(training.seconds)} in {training.precision}. Its loss was {losses}"
+    if training.recalled is not None:
+        part = {0.0: "none", 1.0: "all"}.get(training.recalled, figures.plain(figures.percent(training.recalled)))
+        text += f"; {part} of what it was taught came from the cache of teachers' answers"
+    return text + "."
+
+
+def _several(models: Sequence[str]) -> str:
+    return models[0] if len(models) == 1 else f"the weighted mean of {', '.join(models[:-1])} and {models[-1]}"
+
+
+def _term(term: LossTerm) -> str:
+    text = f"{term.weight:g} {figures.TIMES} {term.part.name}"
+    if not term.pairs:
+        return text
+    return f"{text} on {len(term.pairs)} {'pair' if len(term.pairs) == 1 else 'pairs'} of layers"
+
+
+def relation(family: str | None) -> str:
+    """What the two networks were found to be to each other; nothing where that was not looked at."""
+    return _RELATIONS.get(family or "", "")
+
+
+_RELATIONS = {
+    "pruned": "The student is the teacher with channels cut out.",
+    "same": "Both networks are convolutional.",
+    "dense": "Both networks are convolutional, with an output for each point.",
+    "cnn-vit": "One network is convolutional, the other one works on tokens.",
+    "transformer": "Both networks are transformers.",
+    "recurrent": "Both networks are recurrent.",
+    "mixed": "The networks are of different kinds.",
+}
 
 
 def speed_up(variant: Variant, teacher: Variant, report: Report) -> float | None:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from edgekd.report import figures, story
+from markupsafe import Markup
+
+from edgekd.report import figures, layers, story
 from edgekd.report.pictures import Picture, pictures
 from edgekd.report.story import Headline
-from edgekd.types import Json, Report, Variant
+from edgekd.types import Json, Matched, Report, Variant
 
 _NO_REASON = "no reason was recorded"
 _STAGE = {"teacher": "teacher", "student": "student weights", "pruned": "pruned weights", "onnx": "ONNX",
@@ -84,6 +86,17 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Layers:
+    """The layers that losses compare: a figure in two widths, and the same as a table."""
+
+    title: str
+    wide: Markup
+    narrow: Markup
+    rows: tuple[tuple[str, ...], ...]  # in the order of `layers.COLUMNS`
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
     """Everything the templates write, in its order."""
 
@@ -95,6 +108,9 @@ class Page:
     footnote: str
     why: tuple[Why, ...]
     comparisons: tuple[tuple[str, str, str], ...]  # who, how much, verdict
+    taught: str
+    layers: tuple[Layers, ...]
+    layer_columns: tuple[str, ...]
     gaps: tuple[Gap, ...]
     notes: tuple[str, ...]
     environment: tuple[tuple[str, str], ...]
@@ -139,6 +155,9 @@ def page(report: Report) -> Page:
             (f"{found.candidate} against {found.baseline}", figures.comparison(found), found.verdict)
             for found in report.comparisons
         ),
+        taught=story.taught(report.training),
+        layers=tuple(map(_layers, report.correspondence)),
+        layer_columns=layers.COLUMNS,
         gaps=gaps.listed(),
         notes=report.notes,
         environment=tuple(_flat(report.environment)),
@@ -185,6 +204,13 @@ def _tiles(chosen: Variant, teacher: Variant, report: Report, gaps: _Gaps) -> tu
         Tile("Latency, median", latency),
         Tile("Peak memory", _memory(chosen, gaps)),
     )
+
+
+def _layers(found: Matched) -> Layers:
+    title = "Layers that were compared" + (f", for {found.head}" if found.head else "")
+    wide, narrow = (layers.drawing(found.pairs, width, share) for width, share in ((1108, 0.32), (344, 0.35)))
+    notes = (story.relation(found.family), *found.notes)
+    return Layers(title, wide, narrow, layers.table(found.pairs), tuple(note for note in notes if note))
 
 
 def _columns(report: Report) -> dict[str, Callable[[Variant, _Gaps], Cell]]:
