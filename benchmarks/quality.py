@@ -108,7 +108,6 @@ class Cifar:
         spec = ModelSpec(name, weights=weights, mean=MEAN, std=STD)
         return models.build(spec, classes=len(self.data.classes), inputs=self.data.inputs, images=True)
 
-
     def judged(self, network: Network) -> Interval:
         """Its accuracy on the test split."""
         return accuracy.mean(self.task.scores(distillation.evaluate(network, self.data.test), self.truth))
