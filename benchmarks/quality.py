@@ -1,6 +1,6 @@
 """What each distillation loss is worth on CIFAR-10: a ResNet-56 teacher, small students, the same epochs for all.
 
-    python benchmarks/quality.py [--students resnet8] [--methods kd srd …] [--seeds 0 1 2] [--epochs 8]
+    python benchmarks/quality.py [--students resnet8] [--methods kd srd …] [--seeds 0 1 2] [--epochs 6]
     python benchmarks/quality.py --table
 
 One JSON line a run goes to results/quality.jsonl; a run that is there with the same settings is not done again, so that
@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("--students", nargs="+", default=["resnet8"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--feature-views", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--feature-views", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=0.2)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="print the table of what is there, run nothing")
