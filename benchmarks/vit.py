@@ -8,14 +8,15 @@ by itself as well ("kd + auto"): same network, initial weights, batches and epoc
 that was best for it on the held-out images (`--learning-rates` tries others; all that was tried stays in the results).
 
 All networks see the same `--images` training images, a fixed part of the 50,000: on all of them a transformer takes
-too long on two cores. The teacher learns from the labels; its patches are made by three small convolutions, without
-which it needs far more images than these.
+too long on two cores. So few are too few for a transformer that learns from labels alone; so its patches are made by
+small convolutions (Xiao et al. 2021), and it is itself taught by ResNet-56 (Touvron et al. 2021).
 
 One JSON line a training goes to results/vit.jsonl; what is there with the same settings is not trained again, and a
 training that was killed goes on. The teacher is kept in benchmarks/.store, as are its answers.
 
-Reference: Xiao, Singh, Mintun, Darrell, Dollár, Girshick: Early Convolutions Help Transformers See Better, NeurIPS
-2021.
+References: Xiao, Singh, Mintun, Darrell, Dollár, Girshick: Early Convolutions Help Transformers See Better, NeurIPS
+2021. Touvron, Cord, Douze, Massa, Sablayrolles, Jégou: Training Data-Efficient Image Transformers & Distillation
+Through Attention, ICML 2021.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ from text import CE, Method, told  # isort: skip
 WIDTH, DEPTH, HEADS = 128, 6, 4  # of the teacher
 STUDENT = ModelSpec("resnet8", {"width": 8})
 OPTIONS = TrainOptions(batch_size=128, precision="bf16", compile="off", weight_decay=5e-4)
-TEACHER_OPTIONS = replace(OPTIONS, epochs=16, optimizer="adamw", learning_rate=0.002, weight_decay=0.05)
+TEACHER_OPTIONS = replace(OPTIONS, epochs=16, optimizer="adamw", learning_rate=0.002, weight_decay=0.05, views=4)
 AUGMENT = Augment(crop_pixels=4, flip=True)
 EPOCHS, VIEWS = 12, 4  # of the student; the answers about later epochs' images are the first ones' again
 KD: list[dict[str, Any]] = [{"name": "kd", "weight": 0.9, "temperature": 4.0}, CE | {"weight": 0.1}]
+TEACHER_LOSSES = KD
 METHODS = {
     "none": Method([], 0.2),
     "kd": Method(KD, 0.2),
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--views", type=int, default=VIEWS)
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_OPTIONS.epochs)
+    parser.add_argument("--teacher-views", type=int, default=TEACHER_OPTIONS.views)
     parser.add_argument("--learning-rates", nargs="+", type=float, help="to try, instead of each method's own")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS / "vit.jsonl")
@@ -135,27 +138,37 @@ class Bench:
         archive = asked.data / "cifar10" / "cifar10-images.zip"
         whole = data.load(Part("imagefolder", {"path": str(archive)}), 0, self.task)
         self.data = part_of(whole, asked.images)
+        self._form: dict[str, Any] = {"classes": len(whole.classes), "inputs": whole.inputs, "images": True}
         self.shared = {"images": len(self.data.train), "data": self.data.fingerprint, "augment": asdict(AUGMENT)}
 
     @cached_property
     def teacher(self) -> Network:
-        """The transformer, trained on the labels where it is not there yet."""
-        options = replace(TEACHER_OPTIONS, epochs=self.asked.teacher_epochs, threads=self.asked.threads)
+        """The transformer, taught by ResNet-56 where it is not there yet."""
+        asked = self.asked
+        options = replace(
+            TEACHER_OPTIONS, epochs=asked.teacher_epochs, views=asked.teacher_views, threads=asked.threads
+        )
         settings = {
             "role": "teacher", "model": f"ViT, width {WIDTH}, depth {DEPTH}, heads {HEADS}, convolutional stem",
-            "options": told(options), "seed": 0, **self.shared,
+            "losses": TEACHER_LOSSES, "options": told(options), "seed": 0, **self.shared,
         }  # fmt: skip
         torch.manual_seed(0)
         module = timm.create_model(
             "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS,
             class_token=False, global_pool="avg", embed_layer=Stem, num_classes=len(self.data.classes),
         )  # fmt: skip
-        network = self._network(module)
-        work = self.asked.store / "vit" / f"teacher-{key(settings)}"
+        network = models.adopted(module, ModelSpec("ViT"), **self._form)
+        work = asked.store / "vit" / f"teacher-{key(settings)}"
         file = work / "weights.safetensors"
         if self.ledger.find(settings) is None or not file.exists():
             work.mkdir(parents=True, exist_ok=True)
-            meta = distillation.train(network, self.data, options, AUGMENT, task=self.task, seed=0, work=work, say=say)
+            path = str(asked.data / "teachers" / "resnet56-cifar10.safetensors")
+            resnet = models.build(ModelSpec("resnet56", weights=path), **self._form)
+            terms = [loss_term(each, "teacher") for each in TEACHER_LOSSES]
+            meta = distillation.distill(
+                network, resnet.eval(), self.data, terms, options, AUGMENT, task=self.task, seed=0, work=work,
+                cache=asked.store / "answers", say=say,
+            )  # fmt: skip
             self._add(settings, network, meta)
         weights.load(file, network.module)
         return network.eval()
@@ -175,7 +188,7 @@ class Bench:
         if self.ledger.find(settings) is not None:
             return
         torch.manual_seed(seed)
-        network = models.build(STUDENT, classes=len(self.data.classes), inputs=self.data.inputs, images=True)
+        network = models.build(STUDENT, **self._form)
         work = asked.store / "vit" / f"student-{key(settings)}"
         if losses:
             terms, teacher = [loss_term(each, method) for each in losses], self.teacher
@@ -191,10 +204,6 @@ class Bench:
             )
         self._add(settings, network, meta)
         shutil.rmtree(work)
-
-    def _network(self, module: nn.Module) -> Network:
-        spec = ModelSpec("teacher")
-        return models.adopted(module, spec, classes=len(self.data.classes), inputs=self.data.inputs, images=True)
 
     def _add(self, settings: dict[str, Any], network: Network, meta: dict[str, Any]) -> None:
         """Judge a network, and write it down."""
