@@ -28,6 +28,7 @@ from edgekd.types import Augment, TrainOptions
 from quality import HERE, KD, Cifar, quiet  # isort: skip  # a script beside this one
 
 RESULTS = HERE / "results" / "takd.jsonl"
+VIEWS = 6  # of every image: what a teacher said of them is kept, and shared with quality.py
 # Multiply-accumulates of one forward pass at 32 × 32 (edgekd's own count of the exported graphs).
 MACS = {"resnet8": 12_500_000, "resnet32": 69_100_000}
 
@@ -78,7 +79,7 @@ def _distilled(
     work = HERE / ".store" / "takd" / f"{model}-{epochs}-{seed}-{id(teacher) == id(cifar.teacher)}"
     work.mkdir(parents=True, exist_ok=True)
     options = TrainOptions(
-        epochs=epochs, learning_rate=0.2, precision="bf16", threads=threads, views=epochs, compile="off"
+        epochs=epochs, learning_rate=0.2, precision="bf16", threads=threads, views=VIEWS, compile="off"
     )
     meta = distillation.distill(
         network, teacher, cifar.data, [loss_term(table, "kd") for table in KD], options,

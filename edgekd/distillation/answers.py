@@ -14,6 +14,7 @@ from edgekd.correspondence import Tap, Taps
 from edgekd.distillation import augment as augmentation
 from edgekd.distillation import compiled, equivariance, precision
 from edgekd.distillation.cache import MANIFEST, TeacherCache, folder_of, remove_oldest
+from edgekd.distillation.folding import folded
 from edgekd.distillation.job import Course, Job, Teacher, weights_hash
 from edgekd.distillation.logits import forward
 from edgekd.distillation.precision import Choice, autocast
@@ -50,6 +51,7 @@ class Answers:
         if self._moves:
             equivariance.check_options(job.augment)
         self.network, self.weight = teacher.network, teacher.weight
+        self._frozen = teacher.network  # with normalisation folded in, where that can be done
         self._called = teacher.network  # compiled, where that pays
         self._tap_list = tuple(taps)
         self._taps = Taps(teacher.network, taps)
@@ -60,6 +62,8 @@ class Answers:
 
     def choose(self, kept: Mapping[str, Json] | None, first: Step) -> None:
         """Decide how the teacher computes: as a checkpoint says, as its cache was filled, or by a measurement."""
+        if not self._tap_list:  # a tap may be on a layer that folding changes
+            self._frozen = self._called = folded(self.network, first.inputs)
         if kept is not None:
             facts: dict[str, Any] = dict(kept)
             self._asked_for, self._recalled = facts.pop("asked", 0), facts.pop("recalled", 0)
@@ -76,7 +80,7 @@ class Answers:
             self.choice = here().once(lambda: self._compiling(first))
             if self.choice.compiled:
                 self._job.say("compile", step="teacher", reason=self.choice.compile_reason)
-        self._called = compiled.as_chosen(self.network, self.choice)
+        self._called = compiled.as_chosen(self._frozen, self.choice)
 
     def __call__(self, step: Step) -> Outputs:
         """The teacher's outputs for a step, on its device: float32 logits, and features as they were kept."""
@@ -137,10 +141,10 @@ class Answers:
             try:
                 self._live(first)
             finally:
-                self._called = self.network
+                self._called = self._frozen
 
         return compiled.decided(
-            self.choice, self.network, run, asked=self._job.options.compile,
+            self.choice, self._frozen, run, asked=self._job.options.compile,
             steps=epochs * self._samples.steps_per_epoch, device=self._home,
         )  # fmt: skip
 

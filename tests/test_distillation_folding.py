@@ -1,0 +1,100 @@
+"""A folded teacher says the same as the one it was made from, in fewer modules."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from edgekd.distillation.folding import folded
+from edgekd.models import adopted, build
+from edgekd.models.network import Network
+from edgekd.types import ModelSpec, TensorSpec
+
+IMAGES = (TensorSpec("image", "uint8", ("batch", 16, 16, 3)),)
+
+
+def settled(network: Network) -> Network:
+    """The network with normalisation statistics that are not those of a new one."""
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 2.0, generator=generator)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+            module.bias.data.normal_(0, 0.2, generator=generator)
+    return network.eval()
+
+
+def network(module: nn.Module) -> Network:
+    return settled(adopted(module, ModelSpec("a module"), classes=4, inputs=IMAGES, images=True))
+
+
+def images(count: int = 8) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {"image": torch.randint(0, 256, (count, 16, 16, 3), generator=generator, dtype=torch.uint8)}
+
+
+def normalisations(of: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in of.modules())
+
+
+class Block(nn.Module):
+    """conv → batch norm, with something between them where it is asked for."""
+
+    def __init__(self, convolution: nn.Module | None = None, *, read_twice: bool = False, twice: bool = False) -> None:
+        super().__init__()
+        self.conv = convolution or nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.read_twice, self.twice = read_twice, twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.conv(x)
+        normal: Tensor = self.bn(found)
+        if self.read_twice:
+            normal = normal + found
+        if self.twice:
+            normal = self.bn(self.conv(x.flip(3))) + normal
+        return normal.mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "dscnn"])
+def test_says_the_same_without_normalisation(name: str) -> None:
+    torch.manual_seed(0)
+    of = settled(build(ModelSpec(name), classes=4, inputs=IMAGES, images=True))
+    state = {key: value.clone() for key, value in of.state_dict().items()}
+    found = folded(of, images())
+    assert found is not of
+    assert normalisations(of) > 0
+    assert normalisations(found) == 0
+    expected = of(images(20)["image"])
+    assert (found(images(20)["image"]) - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert all(torch.equal(value, state[key]) for key, value in of.state_dict().items())
+    assert not any(module._forward_hooks for module in [*of.modules(), *found.modules()])
+
+
+def test_timm() -> None:
+    """Its normalisation has the activation inside, so that it stays; nothing breaks."""
+    torch.manual_seed(0)
+    of = network(timm.create_model("mobilenetv3_small_050", num_classes=4))
+    found = folded(of, images())
+    assert torch.allclose(found(images()["image"]), of(images()["image"]), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        Block(read_twice=True),
+        Block(twice=True),
+        Block(weight_norm(nn.Conv2d(3, 4, 3, padding=1))),
+        Block(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())),
+    ],
+    ids=["read by another", "called twice", "parametrized", "not the next"],
+)
+def test_left_alone(block: nn.Module) -> None:
+    of = network(block)
+    assert folded(of, images()) is of
