@@ -18,6 +18,7 @@ from edgekd.bench import conditions
 
 HERE = Path(__file__).resolve().parent
 RESULTS, STORE = HERE / "results", HERE / ".store"
+CACHE_GB = 24.0  # of teachers' answers, which all benchmarks keep in one folder: the smallest limit would hold for all
 DATA = HERE.parent.parent / "shared" / "data"
 
 

@@ -29,6 +29,8 @@ from edgekd.models.network import Network
 from edgekd.recipe import loss_term
 from edgekd.types import Augment, Dataset, Interval, Json, ModelSpec, Part, Task, TrainOptions
 
+from ledger import CACHE_GB  # isort: skip  # a script beside this one
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "quality.jsonl"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -127,7 +129,7 @@ class Bench(Cifar):
         views = asked.feature_views if how.features else asked.epochs
         options = TrainOptions(
             epochs=asked.epochs, learning_rate=asked.learning_rate, precision="bf16", threads=asked.threads,
-            views=views if how.losses else 0, cache_gb=24.0, compile="off",
+            views=views if how.losses else 0, cache_gb=CACHE_GB, compile="off",
         )  # fmt: skip
         augment = Augment(crop_pixels=4, flip=True, mixup=how.mixup, seed=0 if how.losses else seed)
         kept = {key: value for key, value in asdict(options).items() if key not in ("threads", "cache_gb")}

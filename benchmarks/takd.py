@@ -25,6 +25,7 @@ from edgekd.models.network import Network
 from edgekd.recipe import loss_term
 from edgekd.types import Augment, TrainOptions
 
+from ledger import CACHE_GB  # isort: skip  # scripts beside this one
 from quality import HERE, KD, Cifar, quiet  # isort: skip  # a script beside this one
 
 RESULTS = HERE / "results" / "takd.jsonl"
@@ -79,7 +80,13 @@ def _distilled(
     work = HERE / ".store" / "takd" / f"{model}-{epochs}-{seed}-{id(teacher) == id(cifar.teacher)}"
     work.mkdir(parents=True, exist_ok=True)
     options = TrainOptions(
-        epochs=epochs, learning_rate=0.2, precision="bf16", threads=threads, views=VIEWS, compile="off"
+        epochs=epochs,
+        learning_rate=0.2,
+        precision="bf16",
+        threads=threads,
+        views=VIEWS,
+        compile="off",
+        cache_gb=CACHE_GB,
     )
     meta = distillation.distill(
         network, teacher, cifar.data, [loss_term(table, "kd") for table in KD], options,

@@ -40,15 +40,16 @@ from edgekd.models.network import Network
 from edgekd.recipe import loss_term
 from edgekd.types import Augment, Dataset, Json, ModelSpec, Part, Split, Task, TrainOptions
 
-from ledger import DATA, RESULTS, STORE, Ledger, key, spread  # isort: skip  # a script beside this one
+from ledger import CACHE_GB, DATA, RESULTS, STORE, Ledger, key, spread  # isort: skip  # a script beside this one
 
 TASKS = ("trec", "sst2", "subj", "mpqa")
 LENGTH = 40  # ids a text; 98 of 100 texts are shorter
 TEACHER = ModelSpec("lstm", {"width": 96, "embedding": 96, "bidirectional": True, "dropout": 0.5})
 STUDENT = ModelSpec("lstm", {"width": 32, "embedding": 24, "bidirectional": True, "dropout": 0.3})
 OPTIONS = TrainOptions(
-    epochs=6, batch_size=64, optimizer="adamw", learning_rate=0.003, weight_decay=0.1, precision="fp32", compile="off"
-)
+    epochs=6, batch_size=64, optimizer="adamw", learning_rate=0.003, weight_decay=0.1, precision="fp32", compile="off",
+    cache_gb=CACHE_GB,
+)  # fmt: skip
 EPOCHS = 12  # of the student
 CE: dict[str, Any] = {"name": "ce"}
 

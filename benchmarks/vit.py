@@ -41,12 +41,12 @@ from edgekd.models.network import Network
 from edgekd.recipe import loss_term
 from edgekd.types import Augment, ModelSpec, Part, Task, TrainOptions
 
-from ledger import DATA, RESULTS, STORE, Ledger, key, spread  # isort: skip  # a script beside this one
+from ledger import CACHE_GB, DATA, RESULTS, STORE, Ledger, key, spread  # isort: skip  # a script beside this one
 from text import CE, Method, told  # isort: skip
 
 WIDTH, DEPTH, HEADS, PATCH = 96, 5, 4, 4  # of the teacher: 64 tokens
 STUDENT = ModelSpec("resnet8", {"width": 8})
-OPTIONS = TrainOptions(batch_size=128, precision="bf16", compile="off", weight_decay=5e-4)
+OPTIONS = TrainOptions(batch_size=128, precision="bf16", compile="off", weight_decay=5e-4, cache_gb=CACHE_GB)
 TEACHER_OPTIONS = replace(OPTIONS, epochs=8, optimizer="adamw", learning_rate=0.002, weight_decay=0.05, views=4)
 AUGMENT = Augment(crop_pixels=4, flip=True)
 EPOCHS, VIEWS = 8, 4  # of the student; the answers about later epochs' images are the first ones' again
