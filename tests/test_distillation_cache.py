@@ -410,12 +410,13 @@ def test_the_caches_opened_longest_ago_are_removed_first(tmp_path: Path) -> None
         os.utime(folders[-1] / MANIFEST, (number, number))
     size = sum(path.stat().st_size for path in folders[0].iterdir())
     told = Told()
-    remove_oldest(tmp_path, 4 * size, using=(), say=told)
+    remove_oldest(tmp_path, 4 * size, say=told)
     assert not told.events
     made(tmp_path, facts={**FACTS, "teacher": 1})  # opened again: now the youngest
-    remove_oldest(tmp_path, 2 * size, using=[folders[0]], say=told)
-    assert [folder.exists() for folder in folders] == [True, True, False, False]
-    assert [str(folder) in str(fields["text"]) for folder, (_, fields) in zip(folders[2:], told.events, strict=True)]
+    remove_oldest(tmp_path, 2 * size, say=told)
+    assert [folder.exists() for folder in folders] == [False, True, False, True]
+    gone = [folders[0], folders[2]]
+    assert [str(folder) in str(fields["text"]) for folder, (_, fields) in zip(gone, told.events, strict=True)]
 
 
 # ---------------------------------------------------------------- verification

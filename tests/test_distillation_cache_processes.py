@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd.distillation.cache import TeacherCache
+from edgekd.distillation.cache import TeacherCache, remove_oldest
 from edgekd.types import Json
 
 
@@ -23,7 +23,7 @@ FILLING = """
 import signal, sys
 from pathlib import Path
 import numpy as np
-from edgekd.distillation.cache import TeacherCache
+from edgekd.distillation.cache import TeacherCache, remove_oldest
 
 root, start, step = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 cache = TeacherCache(
@@ -92,6 +92,19 @@ def test_a_process_killed_while_it_writes_leaves_what_is_right(tmp_path: Path) -
     assert "corrupt" not in process.communicate("\n")[0]
     assert process.returncode == 0
     assert _right(tmp_path, 0) == _right(tmp_path, 7) == 600
+
+
+def test_what_another_process_uses_is_not_removed(tmp_path: Path) -> None:
+    process = _filling(tmp_path, 0, 1)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    remove_oldest(tmp_path, 0, say=quiet)
+    assert folder.exists()
+    process.communicate("\n")
+    assert process.returncode == 0
+    remove_oldest(tmp_path, 0, say=quiet)
+    assert not folder.exists()
 
 
 # ---------------------------------------------------------------- memory

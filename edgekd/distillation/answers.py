@@ -189,8 +189,8 @@ class Answers:
             job.cache, self._facts(self.choice.precision), samples=self._samples.count, limit_bytes=limit_bytes,
             keep=shapes, say=job.say,
         )  # fmt: skip
-        folder = self._cache.folder
-        here().once(lambda: remove_oldest(job.cache, limit_bytes, using=[folder], say=job.say) if job.cache else None)
+        root = job.cache
+        here().once(lambda: remove_oldest(root, limit_bytes, say=job.say))
         self._cache.check(lambda view, indices: self._live(self._samples.at(view, indices)))
 
     @cached_property

@@ -3,6 +3,7 @@
     <root>/<key>/manifest.json       the facts that decide what the teacher says, and how many samples there are
     <root>/<key>/<tensor>.<view>     a row for each sample (see `rows`); 0 is what is not there yet
     <root>/.<key>.lock               held while files are made or removed, never while rows are read or written
+    <root>/.<key>.used               locked, by any number of trainings, as long as they use it: it is not removed
 
 An augmented image is a pure function of (sample, view), so that what the teacher said about it once holds whenever the
 view comes again, in whatever batch (Shen, Xing: A Fast Knowledge Distillation Framework for Visual Recognition, ECCV
@@ -19,7 +20,8 @@ import mmap
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,11 @@ from edgekd.distillation.rows import Form, decoded, differences, encoded, form_o
 from edgekd.errors import StoreError
 from edgekd.store import disk_error, make_folder, write_text
 from edgekd.types import Json, Say
+
+try:
+    import fcntl
+except ImportError:  # Windows, which lets nobody remove a file that is mapped
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # of the files; raised where older ones would be read wrong
 MANIFEST = "manifest.json"
@@ -95,6 +102,7 @@ class TeacherCache:
         self._view: _View | None = None
         self._left_out: set[int] = set()  # views that found no room
         make_folder(root)
+        weakref.finalize(self, os.close, _used(self.folder))  # in use as long as this object lives
         with _locked(self.folder):
             self._claim()
 
@@ -331,11 +339,10 @@ def folder_of(root: Path, facts: Mapping[str, Json]) -> Path:
     return root / hashlib.sha256(identity.encode()).hexdigest()[:20]
 
 
-def remove_oldest(root: Path, limit_bytes: int, *, using: Collection[Path], say: Say) -> None:
+def remove_oldest(root: Path, limit_bytes: int, *, say: Say) -> None:
     """Remove the caches under `root` that were opened longest ago, until all take no more than `limit_bytes`.
 
-    Args:
-        using: folders that stay. A training that uses one which is removed computes its views again.
+    Those that are in use stay, whoever uses them.
 
     Raises:
         StoreError: one cannot be removed.
@@ -343,12 +350,46 @@ def remove_oldest(root: Path, limit_bytes: int, *, using: Collection[Path], say:
     caches = sorted((path.stat().st_mtime, path.parent) for path in root.glob(f"*/{MANIFEST}"))
     total = sum(_bytes_in(folder) for _, folder in caches)
     for _, folder in caches:
-        if total > limit_bytes and folder not in using:
+        if total <= limit_bytes:
+            break
+        with _locked(folder), _unused(folder) as free:
+            if not free or not folder.exists():
+                continue
             size = _bytes_in(folder)
-            with _locked(folder):
-                shutil.rmtree(folder)
-            total -= size
-            say("note", text=f"{folder} was removed to make room: {size / 1e9:.3g} GB of teacher's outputs")
+            shutil.rmtree(folder)
+        total -= size
+        say("note", text=f"{folder} was removed to make room: {size / 1e9:.3g} GB of teacher's outputs")
+
+
+def _used(folder: Path) -> int:
+    """A descriptor that says that a cache is in use, until it is closed or its process ends."""
+    try:
+        sign = _sign(folder)
+        if fcntl is not None:
+            fcntl.flock(sign, fcntl.LOCK_SH)
+    except OSError as problem:
+        raise disk_error(problem, folder) from problem
+    return sign
+
+
+@contextlib.contextmanager
+def _unused(folder: Path) -> Iterator[bool]:
+    """Whether nobody uses a cache; nobody can begin to meanwhile."""
+    sign = _sign(folder)
+    try:
+        if fcntl is not None:
+            fcntl.flock(sign, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except BlockingIOError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(sign)
+
+
+def _sign(folder: Path) -> int:
+    return os.open(folder.with_name(f".{folder.name}.used"), os.O_RDONLY | os.O_CREAT, 0o644)
 
 
 @contextlib.contextmanager
