@@ -23,7 +23,7 @@ FILLING = """
 import signal, sys
 from pathlib import Path
 import numpy as np
-from edgekd.distillation.cache import TeacherCache, remove_oldest
+from edgekd.distillation.cache import TeacherCache
 
 root, start, step = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 cache = TeacherCache(

@@ -36,7 +36,7 @@ from edgekd.types import Json, Say
 
 try:
     import fcntl
-except ImportError:  # Windows, which lets nobody remove a file that is mapped
+except ImportError:  # Windows: nobody knows there whether a cache is in use
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1  # of the files; raised where older ones would be read wrong
@@ -342,7 +342,7 @@ def folder_of(root: Path, facts: Mapping[str, Json]) -> Path:
 def remove_oldest(root: Path, limit_bytes: int, *, say: Say) -> None:
     """Remove the caches under `root` that were opened longest ago, until all take no more than `limit_bytes`.
 
-    Those that are in use stay, whoever uses them.
+    Those that are in use stay, whoever uses them. Where the system cannot say which are (Windows), all of them do.
 
     Raises:
         StoreError: one cannot be removed.
@@ -379,7 +379,7 @@ def _unused(folder: Path) -> Iterator[bool]:
     try:
         if fcntl is not None:
             fcntl.flock(sign, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
+        free = fcntl is not None
     except BlockingIOError:
         free = False
     try:
