@@ -9,15 +9,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeAlias
 
-from annotated_types import Ge, Gt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from edgekd import toml, units
 from edgekd.errors import RecipeError
 from edgekd.types import Augment, Budget, LossTerm, ModelSpec, Part, Precision, TrainOptions
 
 DEFAULT_FILE = Path("edgekd.toml")
+PRUNED = "pruned"  # the model of a student that starts from its teacher's weights
+Measure: TypeAlias = Literal["macs", "parameters", "size_bytes", "latency_ms"]
+Importance: TypeAlias = Literal["magnitude", "l1", "bn_scale", "taylor", "random"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,37 @@ class Quantize:
 
 
 @dataclass(frozen=True, slots=True)
+class Prune:
+    """How a student with model = "pruned" is cut out of its teacher; exactly one of the first four keys is the goal."""
+
+    macs: Annotated[float, Gt(0), Lt(1)] | None = None  # part of the teacher's multiply-accumulates to keep
+    parameters: Annotated[float, Gt(0), Lt(1)] | None = None  # part of the teacher's parameters to keep
+    size_bytes: Annotated[int, Gt(0)] | None = None  # of the fp32 weights file, at most
+    latency_ms: Annotated[float, Gt(0)] | None = None  # of one sample, fp32, one thread, measured on this machine
+    importance: Importance = "magnitude"  # by which channels are ranked; magnitude: squares of weights, l1: absolute
+    global_ranking: bool = True  # all channels against each other; false: each layer loses the same part
+    round_to: Annotated[int, Ge(0)] = 0  # channels are kept in multiples of it; 0: what the targets' kernels like
+    step: Annotated[float, Gt(0), Le(1)] = 1 / 3  # of what is left, at most so much is cut in one round
+    epochs: Annotated[int, Ge(1)] = 5  # of distillation after each round but the last, which gets [distill] epochs
+    ignore: tuple[str, ...] = ()  # paths of modules that are not touched; the output layer never is
+
+    @property
+    def goal(self) -> tuple[Measure, float]:
+        """The measure, and what is asked for in it: a part of the teacher's, bytes or milliseconds."""
+        ((measure, value),) = self.goals.items()
+        return measure, value
+
+    @property
+    def goals(self) -> dict[Measure, float]:
+        """Every goal that is set."""
+        named: dict[Measure, float | None] = {
+            "macs": self.macs, "parameters": self.parameters, "size_bytes": self.size_bytes,
+            "latency_ms": self.latency_ms,
+        }  # fmt: skip
+        return {measure: value for measure, value in named.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """Everything a run is made of. `source` is the file it came from (for messages only)."""
 
@@ -77,6 +111,7 @@ class Recipe:
     quantize: Quantize
     budget: Budget
     source: str
+    prune: Prune | None = None  # of a student with model = "pruned"
 
     @property
     def task(self) -> TaskSpec:
@@ -143,6 +178,8 @@ class Recipe:
             "quantize": without_none(asdict(self.quantize)),
             "budget": without_none(asdict(self.budget)),
         }
+        if self.prune is not None:
+            table["prune"] = without_none(asdict(self.prune))
         return tomli_w.dumps(table)
 
 
@@ -177,6 +214,7 @@ def budget_of(budget: Budget, max_drop: str | None, max_latency: str | None, max
 
 _SECTIONS = (
     "name", "seed", "task", "teacher", "data", "student", "loss", "distill", "augment", "export", "quantize", "budget",
+    "prune",
 )  # fmt: skip
 # Options of parts that name files or folders; a list names several.
 _PATHS = ("path", "root", "weights", "pretrained", "tokenizer", "corpus")
@@ -210,11 +248,54 @@ def parse(table: Mapping[str, Any], *, source: str, folder: Path) -> Recipe:
         quantize=toml.read(Quantize, table.get("quantize", {}), place("quantize")),
         budget=toml.read(Budget, table.get("budget", {}), place("budget")),
         source=source,
+        prune=toml.read(Prune, table["prune"], place("prune")) if "prune" in table else None,
     )
+    _check_pruning(recipe)
     if "train" in recipe.student.options:
         raise RecipeError("unknown key 'train'", where=place("student"), fix="the student is trained by [distill]")
     _check_parts(recipe)
     return recipe
+
+
+def pruned(recipe: Recipe, goals: Mapping[Measure, float]) -> Recipe:
+    """The recipe with a student cut out of its teacher; where goals are given, by these instead of its own.
+
+    Raises:
+        RecipeError: there is no goal, or more than one.
+    """
+    prune = recipe.prune or Prune()
+    if goals:
+        none = dict.fromkeys(("macs", "parameters", "size_bytes", "latency_ms"))
+        prune = replace(prune, **{**none, **goals})
+    made = replace(recipe, prune=prune)
+    if recipe.student.name != PRUNED:  # assistants are on the way to a student of another architecture
+        made = replace(made, student=ModelSpec(PRUNED), assistants=())
+    _check_pruning(made)
+    return made
+
+
+def _check_pruning(recipe: Recipe) -> None:
+    """[prune] goes with a student cut out of its one task's teacher, and names one goal."""
+    where, prune = f"{recipe.source}: prune", recipe.prune
+    if recipe.student.name != PRUNED:
+        if prune is not None:
+            fix = f'write model = "{PRUNED}" in [student], or leave [prune] out'
+            raise RecipeError(f"the student is {recipe.student.name}, not cut out of its teacher", where=where, fix=fix)
+        return
+    fix = "write [prune] with one of macs, parameters, size_bytes and latency_ms, e.g. macs = 0.5"
+    if prune is None or not prune.goals:
+        raise RecipeError("there is no goal to prune for", where=where, fix=fix)
+    if len(prune.goals) > 1:
+        raise RecipeError(f"there are several goals: {', '.join(prune.goals)}", where=where, fix="keep one of them")
+    student = f"{recipe.source}: student"
+    given = recipe.student.options or recipe.student.weights or recipe.student.mean or recipe.student.std
+    if given:
+        raise RecipeError("it takes no option: it is its teacher, cut", where=student, fix="keep model alone")
+    if recipe.assistants:
+        fix = "leave them out: every round of pruning is distilled from the teacher"
+        raise RecipeError("a pruned student has no assistants", where=f"{recipe.source}: distill.assistants", fix=fix)
+    if recipe.tasks[0].head is not None:
+        raise RecipeError("a student of several tasks cannot be cut out of one teacher", where=student)
 
 
 def loss_term(loss: str | Mapping[str, Any] | LossTerm, where: str) -> LossTerm:
@@ -264,7 +345,8 @@ def _check_parts(recipe: Recipe) -> None:
         for index, term in enumerate(task.losses or ()):
             if term.part.name != AUTO:
                 bind("losses", term.part, f"{prefix}loss[{index}]")
-    bind("models", Part(recipe.student.name, recipe.student.options), "student")
+    if recipe.student.name != PRUNED:
+        bind("models", Part(recipe.student.name, recipe.student.options), "student")
     for index, assistant in enumerate(recipe.assistants):
         bind("models", Part(assistant.model.name, assistant.model.options), f"distill.assistants[{index}]")
 

@@ -265,6 +265,13 @@ class QuantizationRules:
 
 
 @dataclass(frozen=True, slots=True)
+class PruningRules:
+    """What widths the runtime's kernels like."""
+
+    channel_multiple: Annotated[int, Ge(1)] = 1  # of the channels of a layer; others take the time of the next one
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A platform: what may be deployed there, as facts read from targets/<name>.toml."""
 
@@ -277,6 +284,7 @@ class Target:
     quantization: QuantizationRules
     devices: tuple[Device, ...]
     sources: Mapping[str, str]
+    pruning: PruningRules = field(default_factory=lambda: PruningRules())
 
 
 # ---------------------------------------------------------------- measurements and report (schema of report.json)
@@ -417,6 +425,33 @@ class Matched:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """Layers that pruning did not touch."""
+
+    layers: tuple[str, ...]  # paths
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """How a student was cut out of its teacher: what was asked for, what was reached, what was left alone."""
+
+    measure: str  # that the goal is of: "macs", "parameters", "size_bytes" (of the fp32 weights file), "latency_ms"
+    goal: float  # at most so much of it
+    before: float  # the teacher's
+    after: float
+    importance: str  # by which channels were ranked
+    round_to: int  # channels of every layer that was cut are a multiple of it
+    rounds: int  # of cutting, each followed by a distillation
+    macs_before: int  # multiply-accumulates for one sample
+    macs_after: int
+    parameters_before: int
+    parameters_after: int
+    layers: Mapping[str, tuple[int, int]]  # channels, or heads, before and after, by the layer that makes them
+    left_alone: tuple[LeftAlone, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Training:
     """How the student was trained, in this run or in an earlier one whose result was kept."""
 
@@ -447,3 +482,4 @@ class Report:
     metric: str = "accuracy"  # what `accuracy` and `drop` of the variants are
     training: Training | None = None  # of the student
     correspondence: tuple[Matched, ...] = ()  # where losses compare layers: one for each head
+    pruning: Pruning | None = None  # where the student was cut out of its teacher
