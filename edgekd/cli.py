@@ -156,6 +156,7 @@ def distill(
 
     It takes what `compress` takes, and recipes of several tasks as well.
     """
+    from edgekd import target as target_files
     from edgekd.recipe import overridden
     from edgekd.store import make_folder
 
@@ -165,9 +166,54 @@ def distill(
         from edgekd.pipeline import distill as run
         from edgekd.pipeline import distilled_text
 
-        found = run(read, folder, store=store, quick=quick, say=say)
+        found = run(read, folder, store=store, quick=quick, say=say, targets=[target_files.load("host")])
     if here().first:
         click.echo(distilled_text(found, folder), err=True)
+    if here().first and as_json:
+        click.echo(json.dumps(found, indent=1))
+    return DONE
+
+
+@cli.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option("--macs", metavar="FRACTION", help="Multiply-accumulates to keep, e.g. 50%.")
+@click.option("--parameters", metavar="FRACTION", help="Parameters to keep, e.g. 30%.")
+@click.option("--size", metavar="SIZE", help="Of the fp32 weights file, at most, e.g. 2MB.")
+@click.option("--latency", metavar="TIME", help="Of one sample in fp32 on one thread here, at most, e.g. 2ms.")
+@_targets
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the results; left out: runs/<name>.")
+@_store
+@_seed
+@_quick
+@_json
+@_verbose
+def prune(
+    recipe: Path | None, macs: str | None, parameters: str | None, size: str | None, latency: str | None,
+    targets: tuple[str, ...], out: Path | None, store: Path, seed: int | None, quick: bool, as_json: bool,
+    verbose: bool,
+) -> int:  # fmt: skip
+    """Cut a student out of the teacher of RECIPE, and distil it: student.safetensors, its shapes, and prune.json.
+
+    A goal given here counts instead of the recipe's [prune]; the recipe's own student is left out where it is another
+    network. Channels are kept in multiples that the kernels of the targets like.
+    """
+    from edgekd import recipe as recipes
+    from edgekd import target as target_files
+    from edgekd.goals import goals_of
+    from edgekd.store import make_folder
+
+    read = recipes.overridden(_recipe(recipe), seed=seed, max_drop=None, max_latency=None, max_size=None)
+    read = recipes.pruned(read, goals_of(macs, parameters, size, latency))
+    wanted = [target_files.load(name) for name in (targets or ("host",))]
+    folder = make_folder(out or Path("runs") / read.name)
+    with _told_in(folder / "log.jsonl", verbose) as say:
+        from edgekd.pipeline import distill as run
+        from edgekd.pipeline import distilled_text
+
+        name = "prune.json"
+        found = run(read, folder, store=store, quick=quick, say=say, targets=wanted, name=name)
+    if here().first:
+        click.echo(distilled_text(found, folder, name), err=True)
     if here().first and as_json:
         click.echo(json.dumps(found, indent=1))
     return DONE

@@ -1,24 +1,26 @@
-"""edgekd.distill(): a student taught by modules in hand, without a recipe."""
+"""edgekd.distill() and edgekd.prune(): modules in hand, without a recipe."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from edgekd import data as sources
-from edgekd import distillation, models, plugins, toml
+from edgekd import distillation, models, plugins, pruning, toml
 from edgekd.bench import accuracy
 from edgekd.data.samples import Reading, wrapped
 from edgekd.distillation import Teacher
+from edgekd.errors import RecipeError
+from edgekd.goals import Prune
 from edgekd.models.network import Network
 from edgekd.recipe import loss_term
 from edgekd.store import make_folder
-from edgekd.types import Augment, Dataset, Interval, Json, LossTerm, ModelSpec, Part, Say, Task, TrainOptions
+from edgekd.types import Augment, Dataset, Interval, Json, LossTerm, ModelSpec, Part, Pruning, Say, Task, TrainOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,84 @@ def distill(
     return Distilled(
         student, built.metric, accuracy.mean(scores[1]), accuracy.mean(scores[0]), accuracy.drop(*scores), meta
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A network with channels cut out: the module in eval mode, and the account of it."""
+
+    module: nn.Module
+    account: Pruning
+
+
+def prune(
+    module: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    batches: Iterable[Tensor | Sequence[Tensor]] | None = None,
+    loss: Callable[[nn.Module], Tensor] | None = None,
+    timer: Callable[[nn.Module], float] | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Pruned:
+    """Cut the least important channels out of a copy of a module, once; for a training loop of one's own.
+
+        made = edgekd.prune(model, images, macs=0.7, round_to=8)
+        distiller = edgekd.Distiller(model, made.module, images, losses=["kd", "hint"])
+
+    The result knows which channels it has kept, so that losses between layers compare it with the module it came from
+    channel by channel, however long it is trained.
+
+    Args:
+        example_inputs: some samples as the module takes them, batch first.
+        batches: training samples to estimate the statistics of batch normalisation from, as example_inputs are; None:
+            the old ones stay.
+        loss: of a module on some samples, for importance = "taylor".
+        timer: milliseconds that a module takes, for a goal of latency_ms.
+        seed: of importance = "random".
+        out: folder for weights.safetensors and shapes.json, which `edgekd.pruning.restore` reads.
+        options: as [prune] has them: one of macs, parameters, size_bytes and latency_ms; importance, global_ranking,
+            round_to, ignore.
+
+    Raises:
+        RecipeError: an option is unknown, or there is not one goal.
+        ModelError: the module cannot be traced, nothing in it can be cut, or the goal is out of reach.
+    """
+    asked = toml.read(Prune, options, "options of prune()")
+    where = "options of prune()"
+    if len(asked.goals) != 1:
+        given = ", ".join(asked.goals) or "none"
+        raise RecipeError(f"goals: {given}", where=where, expected="one of macs, parameters, size_bytes, latency_ms")
+    measure, goal = asked.goal
+    inputs = _batch(example_inputs)
+    if measure == "latency_ms" and timer is None:
+        raise RecipeError("latency_ms needs a timer", where=where, fix="give timer=, milliseconds that a module takes")
+    macs, count = pruning.cost.macs(module.eval(), inputs), pruning.cost.parameters(module)
+    goal *= {"macs": macs, "parameters": count}.get(measure, 1)
+
+    def gradients(probe: nn.Module) -> None:
+        if loss is None:
+            raise RecipeError("'taylor' ranks by gradients", where=where, fix="give loss=, of a module on some samples")
+        loss(probe).backward()  # type: ignore[no-untyped-call]
+
+    made = pruning.prune(
+        module, inputs, measure, goal, asked, seed=seed, round_to=asked.round_to or 1, gradients=gradients,
+        timer=timer, batches=None if batches is None else lambda: map(_batch, batches),
+    )  # fmt: skip
+    if out is not None:
+        pruning.write(made, make_folder(Path(out)))
+    account = Pruning(
+        measure=measure, goal=goal, before=made.before, after=made.after, importance=asked.importance,
+        round_to=asked.round_to or 1, rounds=1, macs_before=macs,
+        macs_after=pruning.cost.macs(made.module, inputs), parameters_before=count,
+        parameters_after=pruning.cost.parameters(made.module), layers=made.layers, left_alone=made.left_alone,
+    )  # fmt: skip
+    return Pruned(made.module, account)
+
+
+def _batch(inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
 
 
 def _data(data: Any, task: Task, seed: int) -> Dataset:

@@ -11,22 +11,31 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import edgekd
-from edgekd import bundle, measure, report, training
+from edgekd import bundle, measure, report, rounds, training
 from edgekd.bench import conditions
 from edgekd.deploy import Deployment, Source, Workshop, deploy, row_id, samples
 from edgekd.processes import here
 from edgekd.recipe import Recipe, TaskSpec
+from edgekd.rounds import Outcome
 from edgekd.store import Store, copy, write_text
 from edgekd.training import School
 from edgekd.types import Comparison, Dataset, Json, Report, Say, Stage, Target, Task, TrainOptions, Variant
 
 GOLDEN_SAMPLES = 8
-Trained: TypeAlias = "tuple[list[tuple[Source, ...]], Source]"  # the teachers of each task, and the student
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The teachers of each task, the student, and how it was pruned, where it was cut out of a teacher."""
+
+    teachers: list[tuple[Source, ...]]
+    student: Source
+    pruned: Outcome | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,44 +108,58 @@ def compress(
     """
     recipe.task  # noqa: B018  # one task at a time can be deployed
     run = _begin(recipe, targets[0].opset, store, quick, say)
-    trained = _trained(run)
+    trained = _trained(run, targets)
     return here().once(lambda: _compressed(run, trained, targets, out, threads=threads, quick=quick))
 
 
-def distill(recipe: Recipe, out: Path, *, store: Path, quick: bool, say: Say) -> dict[str, Json]:
+def distill(
+    recipe: Recipe, out: Path, *, store: Path, quick: bool, say: Say, targets: Sequence[Target] = (),
+    name: str = "distill.json",
+) -> dict[str, Json]:  # fmt: skip
     """Train the teachers and the student of a recipe, and leave student.safetensors and distill.json in `out`.
+
+    Of a student that is cut out of its teacher student.shapes.json says how its layers differ (`pruning.restore`).
+
+    Args:
+        targets: whose kernels decide on what widths are rounded to, in pruning.
+        name: of the file that tells about it.
 
     Returns:
         What distill.json holds: for each task its metric with the interval, for the teachers and the student, the
-        drop and agreement against the first teacher; the pairs of layers that were compared; seconds and notes.
+        drop and agreement against the first teacher; the pairs of layers that were compared; how it was pruned;
+        seconds and notes.
 
     Raises:
         EdgekdError: the user's data, model, recipe or disk stands in the way; `out` holds no half-written file.
     """
     run = _begin(recipe, None, store, quick, say)
-    trained = _trained(run)
-    return here().once(lambda: _judged(run, trained, out))
+    trained = _trained(run, targets)
+    return here().once(lambda: _judged(run, trained, out, name))
 
 
-def _judged(run: Run, trained: Trained, out: Path) -> dict[str, Json]:
+def _judged(run: Run, trained: Trained, out: Path, name: str) -> dict[str, Json]:
     """What `distill` gives and leaves."""
-    teachers, student = trained
+    teachers, student, pruned = trained.teachers, trained.student, trained.pruned
     with run.timed("accuracy"):
         tasks: list[Json] = [
             measure.task_figures(subject, found, student.network)
             for subject, found in zip(run.school.subjects, teachers, strict=True)
         ]
     copy(student.weights.path / training.WEIGHTS, out / "student.safetensors")
+    if pruned is not None:
+        copy(pruned.cut.weights.path / rounds.SHAPES, out / "student.shapes.json")
     write_text(out / "recipe.toml", training.resolved(run.school, student).to_toml(out))
     found: dict[str, Json] = {
         "schema": 1, "name": run.recipe.name, "tasks": tasks, "training": dict(student.weights.meta),
         "timings_s": dict(run.timings_s), "environment": conditions.environment(), "notes": list(run.notes),
     }  # fmt: skip
-    write_text(out / "distill.json", json.dumps(found, indent=1) + "\n")
+    if pruned is not None:
+        found["pruning"] = asdict(pruned.account)
+    write_text(out / name, json.dumps(found, indent=1) + "\n")
     return found
 
 
-def distilled_text(found: dict[str, Json], out: Path) -> str:
+def distilled_text(found: dict[str, Json], out: Path, name: str = "distill.json") -> str:
     """What distill.json says, for people: a line for each task."""
     lines = []
     tasks: Any = found["tasks"]
@@ -147,15 +170,21 @@ def distilled_text(found: dict[str, Json], out: Path) -> str:
         lines.append(
             f"{name}{task['metric']} {student['accuracy']['value']:.4f} ({low:.4f} to {high:.4f}), teacher {teachers}"
         )
-    return "\n".join([*lines, f"{out / 'student.safetensors'}, {out / 'distill.json'}"])
+    cut: Any = found.get("pruning")
+    if cut:
+        parts = [cut[f"{what}_after"] / cut[f"{what}_before"] for what in ("macs", "parameters")]
+        lines.append(f"{parts[0]:.1%} of the multiply-accumulates and {parts[1]:.1%} of the parameters are left")
+    return "\n".join([*lines, f"{out / 'student.safetensors'}, {out / name}"])
 
 
 def _compressed(
     run: Run, trained: Trained, targets: Sequence[Target], out: Path, *, threads: int, quick: bool
 ) -> Report:
     """All that comes after training."""
-    (teachers,), student = trained
+    (teachers,), student = trained.teachers, trained.student
     sources: dict[Stage, Source] = {"teacher": teachers[0], "student": student}
+    if trained.pruned is not None:
+        sources["pruned"] = trained.pruned.cut
     if len(teachers) > 1:
         run.note(f"the student has {len(teachers)} teachers; it is compared with the first of them")
     shop = Workshop(run.store, run.data, run.recipe.export.preprocessing, run.recipe.quantize.precisions, run.say)
@@ -174,11 +203,11 @@ def _compressed(
             run.note(f"{target.name}: {text}")
         if made[-1].unavailable is not None:
             run.note(f"{target.name}: no engine was built here. {made[-1].unavailable}")
-    return _publish(run, made, rows, comparisons, sources, shop, out)
+    return _publish(run, trained, made, rows, comparisons, sources, shop, out)
 
 
 def _publish(
-    run: Run, made: Sequence[Deployment], rows: Sequence[Variant], comparisons: Sequence[Comparison],
+    run: Run, trained: Trained, made: Sequence[Deployment], rows: Sequence[Variant], comparisons: Sequence[Comparison],
     sources: Mapping[Stage, Source], shop: Workshop, out: Path,
 ) -> Report:  # fmt: skip
     """Judge, choose, and leave everything in the run folder."""
@@ -195,6 +224,7 @@ def _publish(
         timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons), metric=run.task.metric,
         training=training.told(run.school, sources["student"]),
         correspondence=training.matched(run.school, sources["student"]),
+        pruning=trained.pruned.account if trained.pruned is not None else None,
     )  # fmt: skip
     for name, file in files.items():
         copy(file, out / paths[name])
@@ -251,14 +281,19 @@ def _begin(recipe: Recipe, opset: int | None, store: Path, quick: bool, say: Say
     return run
 
 
-def _trained(run: Run) -> Trained:
+def _trained(run: Run, targets: Sequence[Target]) -> Trained:
     """The teachers of each task, and the student of them all."""
     school = run.school
     with run.timed("teacher"):
         teachers = [training.teachers(school, subject) for subject in school.subjects]
-    with run.timed("distill"):
-        student = training.student(school, teachers)
-    return teachers, student
+    if school.recipe.prune is None:
+        with run.timed("distill"):
+            return Trained(teachers, training.student(school, teachers))
+    with run.timed("prune and distill"):
+        pruned = rounds.student(school, teachers, targets)
+    for text in pruned.notes:
+        run.note(text)
+    return Trained(teachers, pruned.student, pruned)
 
 
 def _shorter(recipe: Recipe) -> Recipe:
@@ -274,4 +309,5 @@ def _shorter(recipe: Recipe) -> Recipe:
         replace(each, epochs=None if each.epochs is None else max(1, each.epochs // 10)) for each in recipe.assistants
     )
     tasks = tuple(task(spec) for spec in recipe.tasks)
-    return replace(recipe, tasks=tasks, assistants=assistants, distill=tenth(recipe.distill))
+    prune = recipe.prune and replace(recipe.prune, epochs=max(1, recipe.prune.epochs // 10))
+    return replace(recipe, tasks=tasks, assistants=assistants, distill=tenth(recipe.distill), prune=prune)

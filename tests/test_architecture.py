@@ -17,23 +17,24 @@ LAYERS = [
     {"types", "errors"},
     {"processes"},
     {"toml", "units", "store"},
-    {"plugins"},
+    {"plugins", "goals"},
     {"recipe", "target"},
     {"data", "models", "losses", "tasks", "backends"},
     {"graph", "correspondence"},
-    {"distillation", "export", "quantize"},
+    {"distillation", "pruning", "export", "quantize"},
     {"bench"},
     {"report", "bundle"},
     {"deploy"},
     {"measure"},
     {"training", "direct"},
+    {"rounds"},
     {"pipeline", "doctor", "view", "starter", "progress"},
     {"cli"},
     {"__main__"},
 ]
 TORCH_AT_TOP = {
-    "models", "losses", "correspondence", "distillation", "graph", "export", "quantize", "deploy",
-    "training", "direct", "pipeline",
+    "models", "losses", "correspondence", "distillation", "pruning", "graph", "export", "quantize", "deploy",
+    "training", "direct", "rounds", "pipeline",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "manager", "handler", "handlers", "misc"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

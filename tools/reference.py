@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from edgekd import plugins, recipe, report, target, types
+from edgekd import goals, plugins, recipe, report, target, types
 from edgekd.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,6 +142,7 @@ def _recipe() -> Iterator[str]:
         ("augment", types.Augment),
         ("export", recipe.Export),
         ("quantize", recipe.Quantize),
+        ("prune", goals.Prune),
         ("budget", types.Budget),
     ):
         yield f"## `[{title}]`\n"
@@ -268,6 +269,7 @@ def _targets() -> Iterator[str]:
     yield "## Keys of a target file\n"
     for title, cls in (
         ("quantization", types.QuantizationRules),
+        ("pruning", types.PruningRules),
         ("[device]", types.Device),
         ("[device.mode]", types.PowerMode),
     ):
@@ -302,6 +304,8 @@ def _report() -> Iterator[str]:
         types.Matched,
         types.LayerPair,
         types.Layer,
+        types.Pruning,
+        types.LeftAlone,
     )
     for cls in shown:
         yield f"## {cls.__name__}\n"

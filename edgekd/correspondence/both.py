@@ -49,7 +49,9 @@ class Both:
     @cached_property
     def copied(self) -> bool:
         """The student was cut out of the teacher, and says so or has weights that are still the teacher's."""
-        return self.recorded or is_copy(self.teacher.network, self.student.network) and any(
+        if self.recorded:
+            return True
+        return is_copy(self.teacher.network, self.student.network) and any(
             self._channel_map(mine, mine) for mine in self._heads_and_stages()
         )
 

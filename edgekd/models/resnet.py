@@ -96,7 +96,8 @@ def _stage(blocks: int, channels_in: int, channels: int, stride: int, shortcut: 
 def convolution_shortcuts(network: Model) -> Model:
     """A copy whose parameter-free shortcuts are the 1 × 1 convolutions that compute exactly the same.
 
-    The blocks may be anywhere inside the network. Pruning needs it: torch-pruning cannot follow a padding of channels. The convolutions can then be trained.
+    The blocks may be anywhere inside the network. Pruning needs it: torch-pruning cannot follow a padding of channels.
+    The convolutions can then be trained.
     """
     copied = copy.deepcopy(network)
     for block in copied.modules():

@@ -6,24 +6,24 @@ import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edgekd.correspondence.pruned import Kept, fingerprint, remember, remembered
 from edgekd.errors import ModelError
+from edgekd.goals import Measure, Prune
+from edgekd.models import weights
 from edgekd.pruning import cost, rank, shapes
 from edgekd.pruning.cut import Group, cut
 from edgekd.pruning.shapes import Shapes, restore, traceable
 from edgekd.pruning.statistics import recalibrate
 from edgekd.pruning.trace import Inputs, trace
-from edgekd.recipe import Measure, Prune
 from edgekd.types import LeftAlone
 
 VERSION = 1  # of what pruning does with its options; raised where the same options would cut otherwise
 
-__all__ = ["VERSION", "Cut", "measured", "prune", "recalibrate", "restore", "shapes", "traceable"]
+__all__ = ["VERSION", "Cut", "measured", "prune", "recalibrate", "restore", "traceable", "write"]
 
 NARROW = "too narrow: rounded to multiples of {0} channels nothing can be cut"
 KEPT = "everything in it ranks above what had to go"
@@ -168,9 +168,7 @@ def _record(module: nn.Module, begun: nn.Module, keep: rank.Keep) -> tuple[Kept,
     return kept, origin
 
 
-def write(made: Cut, folder: Path, meta: Mapping[str, Any]) -> None:
+def write(made: Cut, folder: Path) -> None:
     """Weights and shapes as two files that `restore` reads."""
-    from edgekd.models import weights
-
-    weights.save(folder / "weights.safetensors", made.module, dict(meta))
+    weights.save(folder / "weights.safetensors", made.module, {})
     made.shapes.write(folder / "shapes.json")

@@ -254,4 +254,3 @@ def _set(owner: nn.Module, name: str, tensor: Tensor, dim: int, kept: Sequence[i
 def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     parent, _, name = path.rpartition(".")
     return module.get_submodule(parent), name
-

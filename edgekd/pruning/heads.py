@@ -67,6 +67,4 @@ def _ranges(heads: int, each: int) -> tuple[tuple[int, ...], ...]:
 
 def _made(path: str, parts: int, inner: int, heads: int) -> Slot:
     of_head = _ranges(heads, inner // heads)
-    return Slot(
-        path, "out", tuple(tuple(part * inner + at for part in range(parts) for at in own) for own in of_head)
-    )
+    return Slot(path, "out", tuple(tuple(part * inner + at for part in range(parts) for at in own) for own in of_head))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import ModelError
+from edgekd.goals import Importance
 from edgekd.pruning.cut import Group
 from edgekd.pruning.trace import Traced
-from edgekd.recipe import Importance
 from edgekd.types import LeftAlone
 
 _MOST = 0.9  # of a group's channels that one round takes: a layer of hardly any channels lets nothing through

@@ -137,5 +137,3 @@ def _numbers(module: nn.Module) -> dict[str, Number]:
         elif isinstance(value, tuple) and value and all(type(side) is int for side in value):
             found[name] = tuple(value)
     return found
-
-

@@ -62,9 +62,7 @@ def trace(module: nn.Module, inputs: Inputs, ignore: Collection[str] = ()) -> Tr
     paths = dict(module.named_modules())
     for path in ignore:
         if path not in paths:
-            raise RecipeError(
-                f"the network has no module '{path}'", where="prune.ignore", nearest=nearest(path, paths)
-            )
+            raise RecipeError(f"the network has no module '{path}'", where="prune.ignore", nearest=nearest(path, paths))
     graph = torch_pruning.DependencyGraph()
     try:
         with torch.enable_grad():
@@ -294,5 +292,7 @@ def run(module: nn.Module, inputs: Inputs) -> list[Tensor]:
     """The floating tensors that a module in eval mode returns."""
     with torch.no_grad():
         output = module(*inputs)
-    found = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    found = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    )
     return [each.float() for each in found if isinstance(each, Tensor) and each.is_floating_point()]

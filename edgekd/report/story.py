@@ -8,7 +8,7 @@ from typing import Literal
 
 from edgekd.report import figures
 from edgekd.report.judge import judge, rejections
-from edgekd.types import Budget, Latency, LossTerm, Report, Training, Variant
+from edgekd.types import Budget, Latency, LossTerm, Pruning, Report, Training, Variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,29 @@ def taught(training: Training | None) -> str:
         part = {0.0: "none", 1.0: "all"}.get(training.recalled, figures.plain(figures.percent(training.recalled)))
         text += f"; {part} of what it was taught came from the cache of teachers' answers"
     return text + "."
+
+
+def pruned(pruning: Pruning | None) -> str:
+    """How the student was cut out of its teacher; nothing where it was not."""
+    if pruning is None:
+        return ""
+    macs = figures.plain(figures.percent(pruning.macs_after / pruning.macs_before))
+    parameters = figures.plain(figures.percent(pruning.parameters_after / pruning.parameters_before))
+    rounds = "1 round" if pruning.rounds == 1 else f"{pruning.rounds} rounds"
+    text = f"The student was cut out of its teacher in {rounds}, by {pruning.importance}: {macs} of the "
+    text += f"multiply-accumulates and {parameters} of the parameters are left"
+    if pruning.round_to > 1:
+        text += f", with channels in multiples of {pruning.round_to}"
+    left = "; ".join(f"{_named(each.layers)} ({each.reason})" for each in pruning.left_alone)
+    return f"{text}. Left alone: {left}." if left else f"{text}."
+
+
+def _named(layers: Sequence[str]) -> str:
+    shown = ", ".join(layers[:_SHOWN])
+    return shown if len(layers) <= _SHOWN else f"{shown} and {len(layers) - _SHOWN} more"
+
+
+_SHOWN = 3  # layers that are named before they are only counted
 
 
 def _several(models: Sequence[str]) -> str:

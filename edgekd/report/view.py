@@ -155,7 +155,7 @@ def page(report: Report) -> Page:
             (f"{found.candidate} against {found.baseline}", figures.comparison(found), found.verdict)
             for found in report.comparisons
         ),
-        taught=story.taught(report.training),
+        taught=f"{story.pruned(report.pruning)} {story.taught(report.training)}".strip(),
         layers=tuple(map(_layers, report.correspondence)),
         layer_columns=layers.COLUMNS,
         gaps=gaps.listed(),
