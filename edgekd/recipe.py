@@ -233,8 +233,10 @@ def pruned(recipe: Recipe, goals: Mapping[Measure, float]) -> Recipe:
     """
     prune = recipe.prune or Prune()
     if goals:
-        none = dict.fromkeys(("macs", "parameters", "size_bytes", "latency_ms"))
-        prune = replace(prune, **{**none, **goals})
+        prune = replace(
+            prune, macs=goals.get("macs"), parameters=goals.get("parameters"), latency_ms=goals.get("latency_ms"),
+            size_bytes=int(goals["size_bytes"]) if "size_bytes" in goals else None,
+        )  # fmt: skip
     made = replace(recipe, prune=prune)
     if recipe.student.name != PRUNED:  # assistants are on the way to a student of another architecture
         made = replace(made, student=ModelSpec(PRUNED), assistants=())

@@ -92,7 +92,7 @@ def prune(
         ModelError: the network cannot be traced, nothing can be cut, or the goal is out of reach.
     """
     begun = traceable(module).eval()
-    probe = copy.deepcopy(begun).requires_grad_(requires_grad=True)
+    probe = copy.deepcopy(begun).requires_grad_(True)
     before = measured(measure, begun, inputs, timer)
     if before <= goal:
         raise ModelError(f"it costs {before:.6g} {measure} already, and {goal:.6g} is the goal", where="prune")
@@ -112,12 +112,16 @@ def prune(
         reasons = "; ".join(f"{', '.join(each.layers)}: {each.reason}" for each in left)
         raise ModelError("nothing in the network can be cut", where=type(module).__name__, fix=reasons)
 
-    def cost_of(keep: rank.Keep) -> float:
+    def exact(keep: rank.Keep) -> float:
         return measured(measure, _after(begun, keep), inputs, timer)
 
-    keep = rank.search(
-        wide, cost_of, goal, together=options.global_ranking, round_to=round_to, refine=measure != "latency_ms"
-    )
+    def searched(cost_of: Callable[[rank.Keep], float]) -> rank.Keep:
+        refine = measure != "latency_ms"
+        return rank.search(wide, cost_of, goal, together=options.global_ranking, round_to=round_to, refine=refine)
+
+    keep = searched(cost.predicted_macs(begun, inputs) if measure == "macs" else exact)
+    if measure == "macs" and exact(keep) > goal:
+        keep = searched(exact)  # something in it costs other than its weights say
     made = _after(begun, keep)
     whole = tuple(group.name for group, units in keep.items() if len(units) == group.units)
     if whole:
@@ -149,7 +153,7 @@ def _record(module: nn.Module, begun: nn.Module, keep: rank.Keep) -> tuple[Kept,
     ghost = copy.deepcopy(begun)
     sizes = {name: value.shape for name, value in ghost.named_parameters()}
     for _, value in ghost.named_parameters():
-        value.requires_grad_(requires_grad=False)
+        value.requires_grad_(False)
         value.data = torch.arange(value.numel(), dtype=torch.float64).reshape(value.shape)
     cut(ghost, keep)
     earlier, origin = remembered(module) or ({}, fingerprint(module))

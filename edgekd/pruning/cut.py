@@ -79,19 +79,27 @@ def cut(module: nn.Module, plan: Plan) -> None:
     Raises:
         ModelError: a layer cannot be cut like that.
     """
+    for slot, gone in removed(plan):
+        owner, name = _owner(module, slot.path)
+        if slot.dim is not None:
+            parameter = getattr(owner, name)
+            _set(owner, name, parameter, slot.dim, _kept(parameter.shape[slot.dim], gone))
+        else:
+            _cut_layer(getattr(owner, name) if name else owner, slot, gone)
     for group, units in plan.items():
-        if len(units) == group.units:
-            continue
-        for slot in group.slots:
-            gone = {position for unit in set(range(group.units)) - set(units) for position in slot.index[unit]}
-            owner, name = _owner(module, slot.path)
-            if slot.dim is not None:
-                parameter = getattr(owner, name)
-                _set(owner, name, parameter, slot.dim, _kept(parameter.shape[slot.dim], gone))
-            else:
-                _cut_layer(getattr(owner, name) if name else owner, slot, gone)
         for count in group.counts:
             setattr(module.get_submodule(count.path), count.attribute, count.each * len(units))
+
+
+def removed(plan: Plan) -> list[tuple[Slot, set[int]]]:
+    """The positions that go from each dimension; several groups may share one, behind a concatenation."""
+    found: dict[tuple[str, str, int | None], tuple[Slot, set[int]]] = {}
+    for group, units in plan.items():
+        lost = set(range(group.units)) - set(units)
+        for slot in group.slots if lost else ():
+            _, gone = found.setdefault((slot.path, slot.side, slot.dim), (slot, set()))
+            gone.update(position for unit in lost for position in slot.index[unit])
+    return list(found.values())
 
 
 def masked(module: nn.Module, plan: Plan) -> nn.Module:
@@ -102,18 +110,16 @@ def masked(module: nn.Module, plan: Plan) -> nn.Module:
     after = copy.deepcopy(module)
     cut(after, plan)
     copied = copy.deepcopy(module)
-    for group, units in plan.items():
-        for slot in group.slots if len(units) < group.units else ():
-            gone = sorted(position for unit in set(range(group.units)) - set(units) for position in slot.index[unit])
-            owner, name = _owner(copied, slot.path)
-            layer = getattr(owner, name) if name else owner
-            if isinstance(layer, NORMS):
-                width = _width(layer)
-                setattr(owner, name, _OnlyKept(after.get_submodule(slot.path), _kept(width, set(gone)), width))
-            elif isinstance(layer, nn.Parameter):
-                _zero(layer, slot.dim or 0, gone)
-            else:
-                _zero_layer(layer, slot, gone)
+    for slot, gone in removed(plan):
+        owner, name = _owner(copied, slot.path)
+        layer = getattr(owner, name) if name else owner
+        if isinstance(layer, NORMS):
+            width = _width(layer)
+            setattr(owner, name, _OnlyKept(after.get_submodule(slot.path), _kept(width, gone), width))
+        elif isinstance(layer, nn.Parameter):
+            _zero(layer, slot.dim or 0, gone)
+        else:
+            _zero_layer(layer, slot, gone)
     return copied
 
 
@@ -205,7 +211,7 @@ def _width(layer: nn.Module) -> int:
     return int(layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features)  # type: ignore[arg-type]
 
 
-def _zero_layer(layer: nn.Module, slot: Slot, gone: Sequence[int]) -> None:
+def _zero_layer(layer: nn.Module, slot: Slot, gone: set[int]) -> None:
     if isinstance(layer, nn.Embedding):
         _zero(layer.weight, 1, gone)
     elif isinstance(layer, nn.PReLU) or depthwise(layer):
@@ -219,7 +225,7 @@ def _zero_layer(layer: nn.Module, slot: Slot, gone: Sequence[int]) -> None:
                 _zero(layer.bias, 0, gone)
         else:
             size = layer.weight.shape[0 if transposed else 1]
-            _zero(layer.weight, 0 if transposed else 1, gone if groups == 1 else sorted({at % size for at in gone}))
+            _zero(layer.weight, 0 if transposed else 1, gone if groups == 1 else {at % size for at in gone})
     else:
         raise ModelError(f"a {type(layer).__name__} cannot be cut", where=slot.path)
 

@@ -54,10 +54,10 @@ def _layers(layers: dict[str, nn.Linear], heads: int) -> tuple[tuple[str, ...], 
         if behind and of_three % (3 * heads) == 0:
             return (path,), behind[0], of_three // 3
     for at in range(len(order) - 3):
-        first, behind = order[at : at + 3], order[at + 3]
-        widths = {layers[path].out_features for path in first} | {layers[behind].in_features}
+        first, last = order[at : at + 3], order[at + 3]
+        widths = {layers[path].out_features for path in first} | {layers[last].in_features}
         if len(widths) == 1 and (inner := widths.pop()) % heads == 0:
-            return tuple(first), behind, inner
+            return tuple(first), last, inner
     return None
 
 

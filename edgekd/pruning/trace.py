@@ -28,7 +28,7 @@ TOLERANCE = 1e-3  # of the largest output: float32 sums in another order
 OUTPUT = "it gives the output"
 IGNORED = "asked to be left alone"
 SHARED = "its weights are used in several places"
-ATTENTION = "queries, keys and values: heads are cut whole or not at all"
+FAILS = "the network does not run without some of its channels"
 UNTRACED = "torch-pruning cannot follow its channels"
 UNLIKE = "cut, the network does not compute what it does with these channels zero: their way was not understood"
 
@@ -75,7 +75,7 @@ def trace(module: nn.Module, inputs: Inputs, ignore: Collection[str] = ()) -> Tr
     reader = _Reader(graph, module, ignore)
     found, refused = dict(reader.groups()), list(reader.refused)
     for group, reason in _tried(module, inputs, tuple(found)).items():
-        refused.append(LeftAlone(_layers(group), reason))
+        refused.append(LeftAlone(_layers(module, group), reason))
         del found[group]
     order = {path: at for at, path in enumerate(paths)}
     groups = sorted(found, key=lambda group: order.get(group.name, 0))
@@ -89,9 +89,10 @@ def _merged(found: Sequence[LeftAlone]) -> Iterator[LeftAlone]:
         yield LeftAlone(tuple(dict.fromkeys(layers)), reason)
 
 
-def _layers(group: Group) -> tuple[str, ...]:
+def _layers(module: nn.Module, group: Group) -> tuple[str, ...]:
     """The layers that make the channels of a group."""
-    return tuple(slot.path for slot in group.slots if slot.side == "out" and slot.dim is None) or (group.name,)
+    made = [slot.path for slot in group.slots if slot.side == "out" and slot.dim is None]
+    return tuple(path for path in made if isinstance(module.get_submodule(path), (_ConvNd, nn.Linear, nn.Embedding)))
 
 
 class _Reader:
@@ -118,14 +119,16 @@ class _Reader:
                 continue
             if depthwise(layer):
                 continue  # its channels are made by the layer before it
+            made = {layer}
             try:
                 traced = self._whole(layer)
-                seen |= {item.dep.target.module for item in traced if self._side(item.dep) == "out"}
+                made |= {item.dep.target.module for item in traced if self._side(item.dep) == "out"}
+                seen |= made
                 if self.names[layer] in self.in_attention:
                     continue  # told with its attention
                 yield self._group(layer, traced), traced
             except _Refused as why:
-                self.refused.append(LeftAlone((self.names[layer],), str(why)))
+                self.refused.append(LeftAlone(tuple(self._named(made)), str(why)))
         for each in self.attentions:
             try:
                 for slot in each.group.slots:
@@ -165,7 +168,17 @@ class _Reader:
                 slots[slot.path, slot.side] = slot
         for slot in slots.values():
             self._check(slot.path)
-        return Group(self.names[layer], units, coupled, tuple(slots.values()))
+        makers = [s.path for s in slots.values() if s.side == "out" and s.dim is None and s.size == channels]
+        named = [path for path in self.names.values() if path in makers and self._makes(path)]  # in their order
+        return Group(named[0], units, coupled, tuple(slots.values()))
+
+    def _named(self, made: Collection[nn.Module]) -> Iterator[str]:
+        """The paths of those that make channels, in their order."""
+        return (path for each, path in self.names.items() if each in made and self._makes(path))
+
+    def _makes(self, path: str) -> bool:
+        layer = self.module.get_submodule(path)
+        return isinstance(layer, (_ConvNd, nn.Linear)) and not depthwise(layer)
 
     def _slot(self, item: Any, units: int) -> Slot | None:
         target = item.dep.target.module
@@ -279,7 +292,7 @@ def _trial(module: nn.Module, inputs: Inputs, expected: Sequence[Tensor], groups
         wanted = run(masked(module, plan), inputs)
     except Exception as problem:  # whatever the user's forward raises on other shapes
         what = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        return f"the network does not run without some of its channels: {what}"
+        return f"{FAILS}: {what}"
     for before, mine, theirs in zip(expected, found, wanted, strict=True):
         if mine.shape != before.shape:
             return OUTPUT
