@@ -79,9 +79,9 @@ def student(school: School, taught_by: Sequence[Sequence[Source]], on: Sequence[
     between = replace(school, opset=None)  # what comes between is never deployed
     now, done = teacher, list[dict[str, Any]]()
     while len(done) < _MOST_ROUNDS:
-        cut = rounds.next(now, len(done))
+        cut, last_one = rounds.next(now, len(done))
         done.append(dict(cut.weights.meta))
-        if done[-1]["last"]:
+        if last_one:
             last = training.distilled(school, ModelSpec(PRUNED), school.recipe.distill.epochs, taught_by, start=cut)
             return Outcome(last, cut, rounds.account(done), tuple(rounds.notes))
         now = training.distilled(between, ModelSpec(PRUNED), prune.epochs, taught_by, start=cut)
@@ -109,22 +109,24 @@ class _Rounds:
             self.goal = asked
             self.whole = float(cost.size_bytes(module)) if self.measure == "size_bytes" else float(self.macs)
 
-    def next(self, now: Source, number: int) -> Source:
-        """The network after one more round of cutting: a step of the store."""
+    def next(self, now: Source, number: int) -> tuple[Source, bool]:
+        """The network after one more round of cutting, a step of the store, and whether that was the last one."""
         school, prune = self.school, self.prune
+        asked, last = self._asked(number)
+        # Of a goal that is known beforehand only this round's part: one that goes further shares the first rounds.
         options: dict[str, Json] = {
-            "measure": self.measure, "goal": self.goal, "step": prune.step, "round": number,
+            "measure": self.measure, "at_most": asked, "step": None if last is not None else prune.step,
             "importance": prune.importance, "global_ranking": prune.global_ranking, "round_to": self.round_to,
             "ignore": list(prune.ignore), "seed": school.recipe.seed, "data": self.subject.data.fingerprint,
             "timed_on": [self.timed_on.name, conditions.device_name()] if self.timed_on else None,
         }  # fmt: skip
 
         def build(work: Path) -> Mapping[str, Json]:
-            made, last = self._cut(now.network.module, number)
+            made, reached = self._cut(now.network.module, asked, number)
             weights.save(work / WEIGHTS, made.module, {})
             made.shapes.write(work / SHAPES)
             facts: dict[str, Json] = {
-                "last": last, "before": made.before, "after": made.after,
+                "reached": reached, "before": made.before, "after": made.after,
                 "macs": cost.macs(made.module, self.inputs), "parameters": cost.parameters(made.module),
                 "layers": {name: list(sizes) for name, sizes in made.layers.items()},
                 "left_alone": [asdict(each) | {"layers": list(each.layers)} for each in made.left_alone],
@@ -139,7 +141,8 @@ class _Rounds:
         shapes.apply(module, found)
         weights.load(made.path / WEIGHTS, module)
         remember(module, found.kept, found.origin)
-        return Source(self._network(module).eval(), made)
+        reached = bool(made.meta["reached"]) if last is None else last
+        return Source(self._network(module).eval(), made), reached
 
     def account(self, done: Sequence[Mapping[str, Any]]) -> Pruning:
         """All rounds together."""
@@ -161,25 +164,31 @@ class _Rounds:
             layers=layers, left_alone=tuple(left),
         )  # fmt: skip
 
-    def _cut(self, module: nn.Module, number: int) -> tuple[pruning.Cut, bool]:
-        """One round, and whether the goal is reached by it."""
+    def _asked(self, number: int) -> tuple[float, bool | None]:
+        """What this round may leave of the measure, and whether it is the last one; None: a measurement tells."""
+        if self.measure == "latency_ms":
+            return self.goal, None
+        if self.goal >= self.whole:
+            raise ModelError(
+                f"the teacher has {self.whole:.6g} {self.measure} already, and {self.goal:.6g} is the goal",
+                where=f"{self.school.recipe.source}: prune.{self.measure}",
+            )
+        rounds = count(self.goal / self.whole, self.prune.step)
+        if number + 1 == rounds:
+            return math.floor(self.goal), True
+        return math.floor(self.whole * (self.goal / self.whole) ** ((number + 1) / rounds)), False
+
+    def _cut(self, module: nn.Module, asked: float, number: int) -> tuple[pruning.Cut, bool]:
+        """One round, and whether it reached what was asked for."""
         if self.measure != "latency_ms":
-            if self.goal >= self.whole:
-                raise ModelError(
-                    f"the teacher has {self.whole:.6g} {self.measure} already, and {self.goal:.6g} is the goal",
-                    where=f"{self.school.recipe.source}: prune.{self.measure}",
-                )
-            rounds = count(self.goal / self.whole, self.prune.step)
-            part = (self.goal / self.whole) ** ((number + 1) / rounds)
-            last = number + 1 == rounds
-            return self._pruned(module, self.measure, self.goal if last else self.whole * part), last
+            return self._pruned(module, self.measure, asked), True
         timer = self._timer()
         cut = self._pruned(module, "macs", cost.macs(module, self.inputs) * max(1 - self.prune.step, 0.1))
         took_ms = timer(cut.module)
         self.school.say("pruned latency", round=number + 1, milliseconds=took_ms)
-        if took_ms > self.goal:
+        if took_ms > asked:
             return replace(cut, before=timer(module), after=took_ms), False
-        return self._pruned(module, "latency_ms", self.goal), True
+        return self._pruned(module, "latency_ms", asked), True
 
     def _pruned(self, module: nn.Module, measure: Measure, goal: float) -> pruning.Cut:
         return pruning.prune(

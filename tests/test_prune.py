@@ -54,12 +54,12 @@ def settled(module: nn.Module, size: int = 16) -> nn.Module:
     return module.eval()
 
 
-def built(make: Callable[[], nn.Module], size: int = 16) -> nn.Module:
+def built(make: Callable[[], nn.Module], size: int = 16) -> Any:
     torch.manual_seed(0)
     return settled(make(), size)
 
 
-def cut_to(module: nn.Module, inputs: Tensor, macs: float, **options: Any) -> pruning.Cut:
+def cut_to(module: nn.Module, inputs: Tensor, macs: float, **options: Any) -> Any:
     asked = Prune(macs=macs, **options)
     goal = macs * cost.macs(module, (inputs,))
     return pruning.prune(module, (inputs,), "macs", goal, asked, round_to=asked.round_to or 1)
@@ -116,7 +116,7 @@ def test_the_goal_is_kept_and_nearly_reached_and_channels_are_rounded(together: 
 def test_parameters_and_the_weights_file_are_goals_too(measure: Any, tmp_path: Path) -> None:
     module = built(lambda: resnet8(10, PIXELS, width=8))
     whole = pruning.measured(measure, module, (images(),), None)
-    made = pruning.prune(module, (images(),), measure, 0.4 * whole, Prune(macs=0.5))
+    made: Any = pruning.prune(module, (images(),), measure, 0.4 * whole, Prune(macs=0.5))
     assert 0.33 * whole < made.after <= 0.4 * whole
     weights.save(tmp_path / "w.safetensors", made.module, {})
     if measure == "size_bytes":
@@ -133,7 +133,7 @@ def test_latency_is_a_goal_where_somebody_measures_it() -> None:
         asked.append(cost.macs(candidate, (images(),)))
         return asked[-1] / 1e6
 
-    made = pruning.prune(module, (images(),), "latency_ms", 0.5 * timer(module), Prune(latency_ms=1), timer=timer)
+    made: Any = pruning.prune(module, (images(),), "latency_ms", 0.5 * timer(module), Prune(latency_ms=1), timer=timer)
     assert 0.4 < made.after / made.before <= 0.5
     assert len(asked) < 30  # each of them is an export and a measurement
 
@@ -147,7 +147,7 @@ def test_a_goal_out_of_reach_or_reached_already_is_refused() -> None:
 
 
 def test_nothing_to_cut_is_one_clear_error() -> None:
-    module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+    module: Any = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
     with pytest.raises(ModelError, match=r"nothing in the network can be cut.*1: it gives the output"):
         cut_to(module, images(), 0.5)
 
@@ -263,7 +263,7 @@ def test_a_padding_of_channels_and_shared_weights_are_left_alone() -> None:
             return logits
 
     module = built(Padded)
-    made = pruning.prune(module, (images(),), "parameters", 0.9 * cost.parameters(module), Prune(parameters=0.9))
+    made: Any = pruning.prune(module, (images(),), "parameters", 0.9 * cost.parameters(module), Prune(parameters=0.9))
     why = reasons(made)
     assert why["first"].startswith(FAILS)
     assert why["inside"] == SHARED
@@ -283,7 +283,7 @@ def test_recurrent_layers_are_left_alone() -> None:
 
     torch.manual_seed(0)
     module, x = Recurrent().eval(), torch.randn(2, 7, 6)
-    made = pruning.prune(module, (x,), "parameters", 0.9 * cost.parameters(module), Prune(parameters=0.9))
+    made: Any = pruning.prune(module, (x,), "parameters", 0.9 * cost.parameters(module), Prune(parameters=0.9))
     assert set(made.layers) == {"hidden"}
     assert "LSTM" in reasons(made)["widen"]
     assert made.module(x).shape == (2, 3)
@@ -297,7 +297,7 @@ def test_every_importance_ranks(importance: Importance) -> None:
         probe(images()).square().sum().backward()
 
     goal = 0.6 * cost.macs(module, (images(),))
-    made = pruning.prune(
+    made: Any = pruning.prune(
         module, (images(),), "macs", goal, Prune(macs=0.6, importance=importance), gradients=gradients, seed=3
     )
     assert made.after <= goal
@@ -326,7 +326,7 @@ def test_taylor_keeps_what_the_loss_depends_on() -> None:
         probe(images()).square().sum().backward()
 
     options = Prune(macs=0.5, importance="taylor")
-    made = pruning.prune(
+    made: Any = pruning.prune(
         module, (images(),), "macs", 0.51 * cost.macs(module, (images(),)), options, gradients=gradients
     )
     record = remembered(made.module)
@@ -348,7 +348,7 @@ def test_taylor_keeps_what_the_loss_depends_on() -> None:
 )
 def test_models_of_timm_are_cut_everywhere_but_at_the_output(name: str, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    module = timm.create_model(name, num_classes=7, **options).eval()
+    module: Any = timm.create_model(name, num_classes=7, **options).eval()
     made = cut_to(module, images(32), 0.6, round_to=8)
     assert made.module(images(32)).shape == (2, 7)
     assert made.after <= 0.6 * cost.macs(module, (images(32),))
@@ -363,7 +363,7 @@ def test_models_of_timm_are_cut_everywhere_but_at_the_output(name: str, options:
 
 def test_heads_of_attention_are_cut_whole() -> None:
     torch.manual_seed(0)
-    module = timm.create_model(
+    module: Any = timm.create_model(
         "vit_tiny_patch16_224", num_classes=7, img_size=32, depth=1, embed_dim=48, num_heads=4
     ).eval()
     attention = module.blocks[0].attn
@@ -385,9 +385,9 @@ def test_heads_of_attention_are_cut_whole() -> None:
 def test_our_transformer_loses_heads_hidden_channels_and_width() -> None:
     torch.manual_seed(0)
     specs = (TensorSpec("ids", "int64", ("batch", 6), values=20), TensorSpec("mask", "int64", ("batch", 6)))
-    module = transformer(3, specs, width=24, depth=2, heads=4, hidden=32).eval()
+    module: Any = transformer(3, specs, width=24, depth=2, heads=4, hidden=32).eval()
     inputs = (torch.randint(0, 20, (2, 6)), torch.tensor([[1] * 6, [1] * 4 + [0] * 2]))
-    made = pruning.prune(module, inputs, "macs", 0.4 * cost.macs(module, inputs), Prune(macs=0.4))
+    made: Any = pruning.prune(module, inputs, "macs", 0.4 * cost.macs(module, inputs), Prune(macs=0.4))
     assert made.module(*inputs).shape == (2, 3)
     assert {"blocks.0", "blocks.0.mlp.0"} < set(made.layers)
     assert made.module.embedding.embedding_dim == made.module.norm.normalized_shape[0] < 24
@@ -405,9 +405,9 @@ def test_shapes_and_weights_rebuild_the_network_bit_for_bit(make: Callable[[], n
         for parameter in first.module.parameters():
             parameter.add_(0.01)
     goal = 0.7 * first.after
-    again = pruning.prune(first.module, (images(),), "macs", goal, Prune(macs=0.5), architecture=module)
+    again: Any = pruning.prune(first.module, (images(),), "macs", goal, Prune(macs=0.5), architecture=module)
     pruning.write(again, tmp_path)
-    rebuilt = pruning.restore(make(), tmp_path / "shapes.json", tmp_path / "weights.safetensors").eval()
+    rebuilt: Any = pruning.restore(make(), tmp_path / "shapes.json", tmp_path / "weights.safetensors").eval()
     mine, theirs = rebuilt.state_dict(), again.module.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -440,7 +440,7 @@ def test_shapes_of_another_network_are_refused(tmp_path: Path) -> None:
 
 def test_weights_are_selected_never_permuted() -> None:
     """A normalisation of many channels, most of them cut: what is left keeps its order."""
-    module = nn.Sequential(nn.Linear(4, 200), nn.LayerNorm(200), nn.Linear(200, 3))
+    module: Any = nn.Sequential(nn.Linear(4, 200), nn.LayerNorm(200), nn.Linear(200, 3))
     with torch.no_grad():
         module[1].weight.copy_(torch.arange(200.0))
     index = tuple((at,) for at in range(200))
@@ -456,7 +456,7 @@ def test_statistics_are_those_of_the_cut_network() -> None:
     torch.manual_seed(1)
     given = [(torch.randn(16, 3, 16, 16),) for _ in range(3)]
     goal = 0.5 * cost.macs(module, (images(),))
-    made = pruning.prune(module, (images(),), "macs", goal, Prune(macs=0.5), batches=lambda: given)
+    made: Any = pruning.prune(module, (images(),), "macs", goal, Prune(macs=0.5), batches=lambda: given)
     seen: list[Tensor] = []
     hook = made.module.bn1.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     with torch.no_grad():
@@ -474,7 +474,7 @@ def test_statistics_are_those_of_the_cut_network() -> None:
 
 def test_a_cut_network_becomes_onnx_and_int8(tmp_path: Path) -> None:
     module = built(Small, SIZE)
-    made = pruning.prune(
+    made: Any = pruning.prune(
         module, (images(SIZE),), "macs", 0.7 * cost.macs(module, (images(SIZE),)), Prune(macs=0.7), round_to=4
     )
     network = Network(made.module, IMAGE, NORMAL).eval()
@@ -504,7 +504,7 @@ def test_a_cut_network_becomes_onnx_and_int8(tmp_path: Path) -> None:
 def test_layers_are_compared_channel_by_channel_after_training() -> None:
     """The record holds where weights are no longer the teacher's, and where its shortcuts were convolutions' before."""
     teacher = built(lambda: resnet8(10, PIXELS, width=8))
-    made = edgekd.prune(teacher, images(), macs=0.6)
+    made: Any = edgekd.prune(teacher, images(), macs=0.6)
     with torch.no_grad():
         for parameter in made.module.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
@@ -531,7 +531,7 @@ def test_layers_are_compared_channel_by_channel_after_training() -> None:
 
 def test_prune_of_modules_in_hand(tmp_path: Path) -> None:
     module = built(Branches)
-    made = edgekd.prune(
+    made: Any = edgekd.prune(
         module, images(), parameters=0.5, importance="taylor", loss=lambda net: net(images()).sum(),
         batches=[images()], out=tmp_path,
     )  # fmt: skip
