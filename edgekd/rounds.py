@@ -112,6 +112,7 @@ class _Rounds:
     def next(self, now: Source, number: int) -> tuple[Source, bool]:
         """The network after one more round of cutting, a step of the store, and whether that was the last one."""
         school, prune = self.school, self.prune
+        self.teacher.network.cpu()  # where the last distillation may have left it
         asked, last = self._asked(number)
         # Of a goal that is known beforehand only this round's part: one that goes further shares the first rounds.
         options: dict[str, Json] = {

@@ -104,6 +104,8 @@ def _recipe() -> Iterator[str]:
     yield "by `[teacher.train]`; the student is trained by `[distill]`.\n"
     yield "Several teachers are `[[teacher]]` tables. The student learns the mean of their probabilities, by `weight`"
     yield "(float > 0, default `1.0`) in each of the tables, and the first one's features.\n"
+    yield 'A student with `model = "pruned"` is its (first) teacher with channels cut out, as `[prune]` says; see'
+    yield "[pruning](pruning.md).\n"
     yield "## `[teacher.train]` and `[distill]`\n"
     yield from _table(_keys(types.TrainOptions))
     yield "\nIn `[distill]` label smoothing is an option of the loss `ce`; in `[teacher.train]`, where nobody is asked,"
