@@ -382,6 +382,22 @@ def test_heads_of_attention_are_cut_whole() -> None:
     assert set(range(24, 36)).isdisjoint(record[0]["blocks.0.attn.proj.weight"][1])
 
 
+def test_heads_that_a_block_tells_too_are_those_of_its_attention() -> None:
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = timm.layers.Attention(24, num_heads=4)
+            self.num_heads = 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            given: Tensor = self.attn(x)
+            return given
+
+    (found,) = attentions(nn.Sequential(Told()))
+    assert found.path == "0.attn"
+    assert found.made_by == ("0.attn.qkv",)
+
+
 def test_our_transformer_loses_heads_hidden_channels_and_width() -> None:
     torch.manual_seed(0)
     specs = (TensorSpec("ids", "int64", ("batch", 6), values=20), TensorSpec("mask", "int64", ("batch", 6)))

@@ -25,7 +25,8 @@ class Attention:
 
 def attentions(module: nn.Module) -> Iterator[Attention]:
     """Every self-attention that can be read off its layers; whether that reading is right is for a trial to say."""
-    for path, inside in module.named_modules():
+    taken: set[str] = set()
+    for path, inside in reversed(list(module.named_modules())):  # a block may say the heads of what is inside it, too
         name = next((each for each in _HEADS if isinstance(vars(inside).get(each), int)), None)
         if name is None:
             continue
@@ -33,9 +34,10 @@ def attentions(module: nn.Module) -> Iterator[Attention]:
         prefix = f"{path}." if path else ""
         layers = {f"{prefix}{child}": layer for child, layer in inside.named_modules() if isinstance(layer, nn.Linear)}
         found = _layers(layers, heads)
-        if found is None or heads < 2:
+        if found is None or heads < 2 or not taken.isdisjoint(found[0]):
             continue
         made_by, behind, inner = found
+        taken.update(made_by)
         each = inner // heads
         counts = [Count(path, name, 1)]
         counts += [Count(path, extra, each) for extra in _INNER if vars(inside).get(extra) == inner]
