@@ -7,7 +7,7 @@ from typing import Any
 
 from edgekd.bench.accuracy import paired_difference, wilson
 from edgekd.bench.conditions import environment
-from edgekd.report import choose, judge
+from edgekd.report import choose, concluded, judge
 from edgekd.types import (
     Budget,
     Comparison,
@@ -175,4 +175,4 @@ def finished(rows: list[Variant], budget: Budget, **changes: Any) -> Report:
         timings_s={"teacher": 74.1, "distill": 103.4, "export": 3.2, "quantize": 21.0, "bench": 38.9},
         notes=("jetson: engines are built on the board by the bundle's run.py, since TensorRT is not installed here",),
     )  # fmt: skip
-    return dataclasses.replace(made, **changes)
+    return concluded(dataclasses.replace(made, **changes))

@@ -50,13 +50,14 @@ def hostile() -> Report:
         )
         for v in made.variants
     )  # fmt: skip
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         made, name=HOSTILE, variants=rows, teacher=rows[0].id, notes=(HOSTILE,), environment={HOSTILE: HOSTILE},
         chosen={t: c and c + HOSTILE for t, c in made.chosen.items()}, recipe_sha256=HOSTILE, timings_s={HOSTILE: 1.0},
         comparisons=tuple(dataclasses.replace(c, candidate=HOSTILE) for c in made.comparisons), metric=HOSTILE,
         training=taught(teachers=(HOSTILE,), losses=(LossTerm(Part(HOSTILE), 1.0, ((HOSTILE, HOSTILE),)),)),
         correspondence=(Matched(HOSTILE, "same", (pair(HOSTILE, HOSTILE, HOSTILE, 1.0, depth=1.0),), (HOSTILE,)),),
     )  # fmt: skip
+    return report.concluded(changed)
 
 
 EDGES: dict[str, Report] = {
