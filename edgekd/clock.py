@@ -38,7 +38,7 @@ class Deadline:
         left = self.remaining_s()
         if left > max(seconds, 0.0):
             return True
-        about = f", about {_told(seconds)}" if seconds > 0 else ""
+        about = f" (it needs about {_told(seconds)})" if seconds > 0 else ""
         when = f"{_told(left)} were left of" if left > 0 else "nothing was left of"
         text = f"left out: {what}{about}; {when} the time budget of {_told(self.bound_s or 0.0)}"
         if text not in self.left_out:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -260,12 +260,12 @@ def _session(made: Deployment, graph: Graph, *, threads: int) -> Session:
 
 def latencies(
     made: Deployment, sources: Mapping[Stage, Source], shop: Workshop, *, threads: int, quick: bool,
-    wanted: Sequence[tuple[str, str]] | None = None,
+    wanted: Callable[[Sequence[str]], Sequence[tuple[str, str]]] | None = None,
 ) -> tuple[dict[str, Latency], tuple[Comparison, ...], tuple[str, ...]]:  # fmt: skip
     """Each graph that can be timed here, all of them in the same interleaved rounds.
 
     Returns:
-        By row id; of the pairs `wanted` (None: all) which one is faster; and what disturbed the measurement.
+        By row id; of the pairs that `wanted` makes of the ids (None: of all) which one is faster; what disturbed it.
     """
     graphs = [graph for graph in made.graphs if _timed(made, graph)]
     if not graphs:
@@ -287,8 +287,9 @@ def latencies(
     }
     for name, found in figures.items():
         shop.say("latency", id=name, p50=found.p50)
+    pairs = None if wanted is None else wanted(list(timing.series_ns))
     changed = conditions.changes(before, conditions.clocks())
-    return figures, compare.pairs(timing.series_ns, wanted), (*timing.notes, *changed)
+    return figures, compare.pairs(timing.series_ns, pairs), (*timing.notes, *changed)
 
 
 def _one_sample(source: Source, shop: Workshop) -> Arrays:

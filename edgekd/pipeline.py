@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import edgekd
 from edgekd import bundle, measure, report, training
@@ -29,7 +29,14 @@ from edgekd.types import Comparison, Dataset, Json, Report, Say, Stage, Target, 
 
 GOLDEN_SAMPLES = 8
 TIMING_S = 3.0  # that timing a model at full length takes, warming up included
-Trained: TypeAlias = "tuple[list[tuple[Source, ...]], Source]"  # the teachers of each task, and the student
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """The teachers of each task, and the student."""
+
+    teachers: list[tuple[Source, ...]]
+    student: Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +98,13 @@ class Entrant:
     """A student with all that was made of it, for each target."""
 
     school: School
-    sources: Mapping[Stage, Source]  # the teacher it is held against, and itself
+    trained: Trained
     made: tuple[Deployment, ...]
+
+    @property
+    def sources(self) -> dict[Stage, Source]:
+        """The teacher that it is held against, and itself."""
+        return sources_of(self.trained)
 
 
 def compress(
@@ -118,7 +130,7 @@ def compress(
     """
     recipe.task  # noqa: B018  # one task at a time can be deployed
     run = begin(recipe, targets[0].opset, store, quick, say, deadline)
-    trained = _trained(run)
+    trained = student(run, run.school, teachers(run), targets)
     return here().once(lambda: _compressed(run, trained, targets, out, threads=threads, quick=quick))
 
 
@@ -133,13 +145,13 @@ def distill(recipe: Recipe, out: Path, *, store: Path, quick: bool, say: Say) ->
         EdgekdError: the user's data, model, recipe or disk stands in the way; `out` holds no half-written file.
     """
     run = begin(recipe, None, store, quick, say)
-    trained = _trained(run)
+    trained = student(run, run.school, teachers(run), ())
     return here().once(lambda: _judged(run, trained, out))
 
 
 def _judged(run: Run, trained: Trained, out: Path) -> dict[str, Json]:
     """What `distill` gives and leaves."""
-    taught_by, distilled = trained
+    taught_by, distilled = trained.teachers, trained.student
     with run.timed("accuracy"):
         tasks: list[Json] = [
             measure.task_figures(subject, found, distilled.network)
@@ -173,9 +185,7 @@ def _compressed(
     run: Run, trained: Trained, targets: Sequence[Target], out: Path, *, threads: int, quick: bool
 ) -> Report:
     """All that comes after training."""
-    (taught_by,), distilled = trained
-    sources: dict[Stage, Source] = {"teacher": taught_by[0], "student": distilled}
-    shop = workshop(run)
+    sources, shop = sources_of(trained), workshop(run)
     with run.timed("accuracy"):
         examiner, rows = measure.weights_rows(sources, shop, run.task)
     made: list[Deployment] = []
@@ -190,7 +200,12 @@ def _compressed(
         comparisons += compared
         for text in (*made[-1].notes, *told):
             run.note(f"{target.name}: {text}")
-    return publish(run, [Entrant(run.school, sources, tuple(made))], rows, comparisons, shop, out)
+    return publish(run, [Entrant(run.school, trained, tuple(made))], rows, comparisons, shop, out)
+
+
+def sources_of(trained: Trained) -> dict[Stage, Source]:
+    """The teacher of the one task that a student is held against, and the student."""
+    return {"teacher": trained.teachers[0][0], "student": trained.student}
 
 
 def workshop(run: Run) -> Workshop:
@@ -226,7 +241,8 @@ def publish(
     chosen = report.choose(rows, run.recipe.budget, comparisons)
     targets = [made.target.name for made in entrants[0].made]
     told_of = _owner(entrants, chosen.get(targets[0]))
-    resolved = training.resolved(told_of.school, told_of.sources["student"]).to_toml(out)
+    of, made_of = told_of.school, told_of.trained.student
+    resolved = training.resolved(of, made_of).to_toml(out)
     kept = resolved if search is None else run.recipe.to_toml(out)
     for made in entrants[0].made:
         if made.unavailable is not None:
@@ -241,8 +257,7 @@ def publish(
         chosen={name: chosen.get(name) for name in targets}, budget=run.recipe.budget,
         environment=conditions.environment(), recipe_sha256=hashlib.sha256(kept.encode()).hexdigest(),
         timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons), metric=run.task.metric,
-        training=training.told(told_of.school, told_of.sources["student"]),
-        correspondence=training.matched(told_of.school, told_of.sources["student"]), search=search,
+        training=training.told(of, made_of), correspondence=training.matched(of, made_of), search=search,
     ))  # fmt: skip
     for name, file in files.items():
         copy(file, out / paths[name])
@@ -315,22 +330,16 @@ def begin(
     return run
 
 
-def _trained(run: Run) -> Trained:
-    """The teachers of each task, and the student of them all."""
-    taught_by = teachers(run)
-    return taught_by, student(run, run.school, taught_by)
-
-
 def teachers(run: Run) -> list[tuple[Source, ...]]:
     """The teachers of each task."""
     with run.timed("teacher"):
         return [training.teachers(run.school, subject) for subject in run.school.subjects]
 
 
-def student(run: Run, school: School, taught_by: Sequence[Sequence[Source]]) -> Source:
+def student(run: Run, school: School, taught_by: list[tuple[Source, ...]], targets: Sequence[Target]) -> Trained:
     """The student of all tasks, as the school's recipe has it."""
     with run.timed("distill"):
-        return training.student(school, taught_by)
+        return Trained(taught_by, training.student(school, taught_by))
 
 
 def _shorter(recipe: Recipe) -> Recipe:

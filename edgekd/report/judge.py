@@ -56,9 +56,10 @@ def _judge(variant: Variant, budget: Budget, metric: str = "accuracy", *, is_tea
 def rejections(variants: Sequence[Variant], budget: Budget, comparisons: Sequence[Comparison] = ()) -> dict[str, str]:
     """Variant id → why it does not earn its place: int8 that was measured no faster than float on the same target.
 
-    Held against each int8 variant: the fastest float variant of the same target and runtime, measured under the same
-    conditions, that does not miss the budget itself (one that is too large is no alternative). Where both were timed
-    in the same interleaved rounds the interval of their ratio decides, else whether their intervals are apart.
+    Held against each int8 variant: the fastest float variant of the same student, target and runtime, measured under
+    the same conditions, that does not miss the budget itself (one that is too large is no alternative). Where both
+    were timed in the same interleaved rounds the interval of their ratio decides, else whether their intervals are
+    apart.
     """
     found: dict[str, str] = {}
     for variant in variants:
@@ -69,6 +70,7 @@ def rejections(variants: Sequence[Variant], budget: Budget, comparisons: Sequenc
             for rival in variants
             if rival.precision in _FLOAT
             and rival.stage in _STAGES
+            and rival.candidate == variant.candidate
             and _comparable(rival, variant)
             and _judge(rival, budget).status != "missed"
         ]

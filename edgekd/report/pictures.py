@@ -181,6 +181,7 @@ def path_to(report: Report, target: str, chosen: Variant | None) -> list[Variant
     end = chosen if chosen is not None and chosen.accuracy is not None else own[-1] if own else None
     if end is None:
         return []
+    own = [v for v in own if v.candidate in (None, end.candidate)]
     path = []
     for stage in _ORDER[: _ORDER.index(end.stage) + 1]:
         there = [v for v in own if v.stage == stage and (stage != "teacher" or v.id == report.teacher)]

@@ -232,7 +232,8 @@ def _ratio(ratio: float, more: str, less: str, same: str) -> str:
 
 def _unearned(chosen: Variant, report: Report) -> tuple[str, ...]:
     """int8 that is chosen for its size alone, since nothing was timed: it may be slower than float there."""
-    there = [v for v in report.variants if v.target == chosen.target and v.stage != "teacher"]
+    there = [v for v in report.variants if (v.target, v.candidate) == (chosen.target, chosen.candidate)]
+    there = [v for v in there if v.stage != "teacher"]
     rivals = [figures.short_name(v) for v in there if v.precision in ("fp16", "fp32")]
     if chosen.precision != "int8" or chosen.latency_ms is not None or not rivals:
         return ()
