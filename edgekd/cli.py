@@ -161,7 +161,7 @@ def compress(
 
             report = run(read, wanted, folder, **how)
         else:
-            from edgekd.search import search as run_search
+            from edgekd.search.run import search as run_search
 
             report = run_search(read, wanted, folder, plan=plan, **how)
     return _told(report, folder, as_json)

@@ -47,7 +47,7 @@ def counted(variants: Sequence[Variant], metric: str = "accuracy") -> str:
         missed = sum(limit.name == name and limit.status == "missed" for limit in limits)
         unknown = sum(limit.name == name and limit.status == "cannot tell" for limit in limits)
         what = metric if name == "drop" else _NAMES[name]
-        told = [f"{missed} miss the limit of {what}"] if missed else []
+        told = [f"{missed} {'misses' if missed == 1 else 'miss'} the limit of {what}"] if missed else []
         told += [f"of {unknown} it cannot be told whether they keep that of {what}"] if unknown else []
         parts += told
     return f"of {len(variants)} variants {'; '.join(parts)}" if parts else ""

@@ -50,12 +50,12 @@ def _fronts(report: Report, target: str) -> tuple[Picture, ...]:
     across, grows = ("latency_ms", "size_bytes") if "latency_ms" in front.axes else ("size_bytes", "macs")
     teacher = story.teacher_on(report, target)
     rows = [*placed, *([teacher] if None not in (figure(teacher, across), figure(teacher, grows)) else [])]
-    most = max(figure(v, grows) or 0.0 for v in rows) or 1.0
+    most = max(figure(v, grows) or 0.0 for v in placed) or 1.0
     on_front, points = [], []
     for v in rows:
         if v.accuracy is None:
             continue
-        cost, share = figure(v, across) or 0.0, (figure(v, grows) or 0.0) / most
+        cost, share = figure(v, across) or 0.0, min(1.0, (figure(v, grows) or 0.0) / most)
         ends = (v.latency_ms.low, v.latency_ms.high) if across == "latency_ms" and v.latency_ms else (cost, cost)
         kind = _kind(report, v)
         kind = "front" if kind == "other" and v.id in front.variants else kind
@@ -77,7 +77,7 @@ def _latency(report: Report, target: str) -> Picture:
             (v.missing["latency_ms"] for v in report.variants if v.target == target and "latency_ms" in v.missing), ""
         )
         return Picture(title, None, None, f"No latency was measured on {target}" + (f": {why}." if why else "."))
-    named = _named(report, there)
+    named = _named(there)
     shared = [v for v in report.variants if v.target is None and story.comparable(v.latency_ms, there[0].latency_ms)]
 
     def point(v: Variant) -> Point | None:
@@ -85,7 +85,7 @@ def _latency(report: Report, target: str) -> Picture:
             return None
         latency = v.latency_ms
         name, kind = figures.short_name(v), _kind(report, v)
-        return Point(name, v.accuracy, latency.p50, latency.low, latency.high, kind, named(v, kind))
+        return Point(name, v.accuracy, latency.p50, latency.low, latency.high, kind, named(kind))
 
     return _scatter(
         report,
@@ -99,14 +99,14 @@ def _latency(report: Report, target: str) -> Picture:
 
 def _size(report: Report, target: str) -> Picture:
     rows = [v for v in report.variants if v.target in (None, target)]
-    named = _named(report, rows)
+    named = _named(rows)
 
     def point(v: Variant) -> Point | None:
         if v.accuracy is None or not v.size_bytes:
             return None
         kind = _kind(report, v)
         name, cost = figures.short_name(v), float(v.size_bytes)
-        return Point(name, v.accuracy, cost, cost, cost, kind, named(v, kind))
+        return Point(name, v.accuracy, cost, cost, cost, kind, named(kind))
 
     return _scatter(
         report,
@@ -131,10 +131,9 @@ def _scatter(
     return Picture(title, drawn[0], drawn[1], "", full_width=bool(front))
 
 
-def _named(report: Report, rows: Sequence[Variant]) -> Callable[[Variant, str], bool]:
-    """Which points have their label in the chart: all of a few, of many those that a reader looks for."""
-    fronts = {name for front in report.pareto for name in front.variants}
-    return lambda v, kind: len(rows) <= _MOST_LABELS or kind in ("chosen", "teacher") or v.id in fronts
+def _named(rows: Sequence[Variant]) -> Callable[[str], bool]:
+    """Which kinds of points have their label in the chart: all of a few, of many the chosen one and the teacher."""
+    return lambda kind: len(rows) <= _MOST_LABELS or kind in ("chosen", "teacher")
 
 
 def _merged(report: Report, rows: list[Variant], point: Callable[[Variant], Point | None]) -> list[Point]:

@@ -170,10 +170,10 @@ def goals(found: Found, variant: Variant, axes: Sequence[str]) -> list[float] | 
     return values
 
 
-def beyond(lab: Lab, variant: Variant) -> list[float]:
+def beyond(lab: Lab, variant: Variant) -> dict[str, float]:
     """By how much a variant passes each limit of the budget, as a part of it; 0 where it is not known to."""
     verdict = report.judge(variant, replace(variant, id=""), lab.run.recipe.budget, lab.run.task.metric)
-    return [limit.excess for limit in verdict.limits]
+    return {limit.name: limit.excess for limit in verdict.limits}
 
 
 def contenders(found: Sequence[Found], target: str, also: tuple[str, ...]) -> tuple[list[str], list[str]]:

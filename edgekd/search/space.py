@@ -139,7 +139,7 @@ def _pruning(recipe: Recipe) -> Space:
     prune: Any = getattr(recipe, "prune", None)
     if prune is None:
         raise RecipeError(
-            "there is no goal to prune for", where=f"{recipe.source}: prune", fix="write [prune] with macs = 0.5"
+            "there is no goal to prune for", where=f"{recipe.source}: prune", fix="add [prune] with macs = 0.5"
         )
     own = getattr(prune, "macs", None)
     values = sorted({*_KEPT, *([float(own)] if own is not None else [])})

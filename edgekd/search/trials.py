@@ -14,7 +14,6 @@ import os
 import platform
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +62,7 @@ class Trials:
     count: int
     seed: int
     say: Say
-    worker: str = field(default_factory=lambda: f"{_place()}:{os.getpid()}:{time.time_ns()}")
+    worker: str = field(default_factory=lambda: f"{_machine()}:{os.getpid()}:{time.time_ns()}")
     _mine: dict[int, Trial] = field(default_factory=dict)
     _seen: dict[int, tuple[str, float]] = field(default_factory=dict)  # trial → what it was renewed to, and when seen
 
@@ -120,7 +119,7 @@ class Trials:
         def renew() -> None:
             while not stop.wait(RENEW_S):
                 with contextlib.suppress(Exception):  # the next one may succeed; without any the trial is another's
-                    self._set(number, "alive", time.time())
+                    self._mine[number].set_user_attr("alive", time.time())
 
         thread = threading.Thread(target=renew, daemon=True)
         thread.start()
@@ -137,17 +136,22 @@ class Trials:
             thread.join()
 
     def tell(
-        self, proposal: Proposal, found: Mapping[str, Json], goals: Sequence[float], beyond: Sequence[float]
+        self, proposal: Proposal, found: Mapping[str, Json], goals: Sequence[float], beyond: Mapping[str, float]
     ) -> None:
-        """The candidate is made: what it is to be remembered by, its objectives, and by how much it passes limits."""
-        self._set(proposal.number, "found", dict(found))
-        self._set(proposal.number, "beyond", list(beyond))
+        """The candidate is made.
+
+        Args:
+            proposal: which one.
+            found: what it is to be remembered by.
+            goals: its objectives, of which less is better.
+            beyond: by how much it passes each limit; above 0 is not feasible.
+        """
+        self._say_of(proposal.number, lambda trial: trial.set_user_attr("found", dict(found)), beyond)
         self._finish(proposal.number, "COMPLETE", list(goals))
 
     def refuse(self, proposal: Proposal, why: str) -> None:
         """There is no such candidate, or nothing is known of it that could be compared."""
-        self._set(proposal.number, "refused", why)
-        self._set(proposal.number, "beyond", [1.0])
+        self._say_of(proposal.number, lambda trial: trial.set_user_attr("refused", why), {"refused": 1.0})
         self._finish(proposal.number, "PRUNED", None)
 
     # ------------------------------------------------------------ claims
@@ -155,7 +159,7 @@ class Trials:
     def _claimed(self) -> Proposal | None:
         """A trial of its own; None where another process was quicker with the same one."""
         optuna = library()
-        self._use_sampler(len(self.study.get_trials(deepcopy=False)))
+        self._use_sampler(len(self._done()) + len(self._under_way()))
         trial = self.study.ask()
         self._mine[trial.number] = trial
         at = trial.suggest_int(_AT, 0, len(self.space.values) - 1)
@@ -201,24 +205,26 @@ class Trials:
         optuna = library()
         try:
             self.study.tell(number, values, state=optuna.trial.TrialState[state])
-        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+        except optuna.exceptions.UpdateFinishedTrialError:
             return False  # it was taken for lost, and another process has ended it
+        except ValueError:  # the same, found out earlier; or values that are none
+            if any(t.number == number and t.state.is_finished() for t in self.study.get_trials(deepcopy=False)):
+                return False
+            raise
         return True
 
-    def _set(self, number: int, key: str, value: object) -> None:
+    def _say_of(self, number: int, say: Callable[[Trial], None], beyond: Mapping[str, float]) -> None:
         """Say something of a trial of this process; nothing is said of one that another process has ended."""
         with contextlib.suppress(library().exceptions.UpdateFinishedTrialError):
-            self._mine[number].set_user_attr(key, value)
+            say(self._mine[number])
+            for name, value in beyond.items():
+                self._mine[number].set_constraint(name, value)
 
     def _use_sampler(self, number: int) -> None:
         """Seeded anew for each trial, so that a search that was broken off goes on as if it had not been."""
-        optuna = library()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.study.sampler = optuna.samplers.TPESampler(
-                seed=(self.seed * 100_003 + number) % 2**32, n_startup_trials=startup(self.count),
-                constant_liar=True, constraints_func=_beyond,
-            )  # fmt: skip
+        self.study.sampler = library().samplers.TPESampler(
+            seed=(self.seed * 100_003 + number) % 2**32, n_startup_trials=startup(self.count)
+        )
 
     # ------------------------------------------------------------ what there is
 
@@ -316,7 +322,9 @@ def library() -> Any:
         import optuna
     except ImportError:
         raise RecipeError(
-            "the search needs Optuna, which is not installed", where="--search", fix="pip install 'edgekd[search]'"
+            "the search needs Optuna, which is not installed",
+            where="--search",
+            fix="install it: pip install 'edgekd[search]'",
         ) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
@@ -327,12 +335,7 @@ def version() -> str:
     return f"Optuna {library().__version__} (TPE)"
 
 
-def _beyond(trial: FrozenTrial) -> list[float]:
-    """By how much limits of the budget are passed; above 0 is not feasible."""
-    return [float(each) for each in trial.user_attrs.get("beyond", [1.0])]
-
-
-def _place() -> str:
+def _machine() -> str:
     """This machine, and the numbering of processes on it: two containers of one name have processes of their own."""
     parts = [platform.node()]
     with contextlib.suppress(OSError):
@@ -344,7 +347,7 @@ def _place() -> str:
 def _gone(worker: str) -> bool:
     """Whether a worker was a process of this machine that is there no more."""
     place, number, _ = worker.rsplit(":", 2) if worker.count(":") >= 2 else ("", "", "")
-    if place != _place() or place.count("/") < 2:  # elsewhere, or nobody knows whose numbers these are
+    if place != _machine() or place.count("/") < 2:  # elsewhere, or nobody knows whose numbers these are
         return False
     if int(number) == os.getpid():  # which began later: it is not this one
         return True
