@@ -76,7 +76,7 @@ def test_latencies_of_other_rounds_are_not_held_against_those_of_the_report() ->
 
 
 def test_int8_is_held_against_the_float_of_its_own_student() -> None:
-    own = {"candidate": "w16"}
+    own: dict[str, Any] = {"candidate": "w16"}
     other = point("host/w4/fp32", 0.3, 0.5, candidate="w4")
     ours, int8 = point("host/w16/fp32", 0.0, 2.0, **own), point("host/w16/int8", 0.0, 1.0, 500, **own)
     int8 = dataclasses.replace(int8, precision="int8", stage="quantized")

@@ -13,6 +13,7 @@ from edgekd import toml
 from edgekd.errors import EdgekdError, RecipeError
 from edgekd.recipe import Recipe
 from edgekd.search.space import Space, changed, listed, space, trained_for
+from edgekd.types import ModelSpec
 
 
 def recipe(student: str, **options: Any) -> Recipe:
@@ -87,13 +88,13 @@ class Prune:
 class WithPrune:
     """The parts of a recipe with [prune] that the space looks at."""
 
-    student: recipes.ModelSpec
+    student: ModelSpec
     prune: Prune | None
     source: str = "edgekd.toml"
 
 
 def test_how_much_pruning_keeps_is_searched_where_the_student_is_cut_out_of_its_teacher() -> None:
-    given: Any = WithPrune(recipes.ModelSpec("pruned"), Prune(size_bytes=1000, step=0.25))
+    given: Any = WithPrune(ModelSpec("pruned"), Prune(size_bytes=1000, step=0.25))
     found = space(given)
     assert (found.kind, found.values[0], found.values[-1]) == ("macs", 0.1, 0.9)
     assert found.values[found.own] == 0.5, "the recipe says nothing of MACs"
