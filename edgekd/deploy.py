@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 
 from edgekd import export, plugins, quantize
 from edgekd.backends.onnxruntime import fused
+from edgekd.clock import Deadline
 from edgekd.data.preprocessed import normalise
 from edgekd.errors import ModelError, ParityError
 from edgekd.graph import edit
@@ -75,6 +76,7 @@ class Workshop:
     preprocessing: bool  # the graph takes images as they are stored
     precisions: tuple[Precision, ...] | None  # that the recipe asks for; None: what the target allows
     say: Say
+    deadline: Deadline = field(default_factory=Deadline)  # that optional steps ask whether they fit
 
 
 @dataclass(frozen=True, slots=True)

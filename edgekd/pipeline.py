@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,9 @@ from typing import Any
 import edgekd
 from edgekd import bundle, measure, report, rounds, training
 from edgekd.bench import conditions
+from edgekd.clock import Deadline
 from edgekd.deploy import Deployment, Source, Workshop, deploy, row_id, samples
+from edgekd.outcome import Search
 from edgekd.processes import here
 from edgekd.recipe import Recipe, TaskSpec
 from edgekd.rounds import Outcome
@@ -27,6 +29,7 @@ from edgekd.training import School
 from edgekd.types import Comparison, Dataset, Json, Report, Say, Stage, Target, Task, TrainOptions, Variant
 
 GOLDEN_SAMPLES = 8
+TIMING_S = 3.0  # that timing a model at full length takes, warming up included
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,11 @@ class Run:
     school: School
     timings_s: dict[str, float]
     notes: list[str]
+
+    @property
+    def deadline(self) -> Deadline:
+        """When it should have ended."""
+        return self.school.deadline
 
     @property
     def recipe(self) -> Recipe:
@@ -87,9 +95,24 @@ class Run:
             self.say("note", text=text)
 
 
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A student with all that was made of it, for each target."""
+
+    school: School
+    trained: Trained
+    made: tuple[Deployment, ...]
+
+    @property
+    def sources(self) -> dict[Stage, Source]:
+        """The teacher that it is held against, and itself."""
+        return sources_of(self.trained)
+
+
 def compress(
-    recipe: Recipe, targets: Sequence[Target], out: Path, *, store: Path, threads: int, quick: bool, say: Say
-) -> Report:
+    recipe: Recipe, targets: Sequence[Target], out: Path, *, store: Path, threads: int, quick: bool, say: Say,
+    deadline: Deadline | None = None,
+) -> Report:  # fmt: skip
     """Do all that the recipe asks for, for each target, and leave report, models and bundles in `out`.
 
     Training is shared by the targets; what the store holds already is not built again.
@@ -102,13 +125,14 @@ def compress(
         threads: that latency is measured with.
         quick: a tenth of the epochs and short measurements.
         say: told what happens.
+        deadline: when the run should have ended; optional steps that do not fit are left out, and the report says so.
 
     Raises:
         EdgekdError: the user's data, model, recipe or disk stands in the way; `out` holds no half-written file.
     """
     recipe.task  # noqa: B018  # one task at a time can be deployed
-    run = _begin(recipe, targets[0].opset, store, quick, say)
-    trained = _trained(run, targets)
+    run = begin(recipe, targets[0].opset, store, quick, say, deadline)
+    trained = student(run, run.school, teachers(run), targets)
     return here().once(lambda: _compressed(run, trained, targets, out, threads=threads, quick=quick))
 
 
@@ -132,25 +156,25 @@ def distill(
     Raises:
         EdgekdError: the user's data, model, recipe or disk stands in the way; `out` holds no half-written file.
     """
-    run = _begin(recipe, None, store, quick, say)
-    trained = _trained(run, targets)
+    run = begin(recipe, None, store, quick, say)
+    trained = student(run, run.school, teachers(run), targets)
     return here().once(lambda: _judged(run, trained, out, name))
 
 
 def _judged(run: Run, trained: Trained, out: Path, name: str) -> dict[str, Json]:
     """What `distill` gives and leaves."""
-    teachers, student, pruned = trained.teachers, trained.student, trained.pruned
+    taught_by, distilled, pruned = trained.teachers, trained.student, trained.pruned
     with run.timed("accuracy"):
         tasks: list[Json] = [
-            measure.task_figures(subject, found, student.network)
-            for subject, found in zip(run.school.subjects, teachers, strict=True)
+            measure.task_figures(subject, found, distilled.network)
+            for subject, found in zip(run.school.subjects, taught_by, strict=True)
         ]
-    copy(student.weights.path / training.WEIGHTS, out / "student.safetensors")
+    copy(distilled.weights.path / training.WEIGHTS, out / "student.safetensors")
     if pruned is not None:
         copy(pruned.cut.weights.path / rounds.SHAPES, out / "student.shapes.json")
-    write_text(out / "recipe.toml", training.resolved(run.school, student).to_toml(out))
+    write_text(out / "recipe.toml", training.resolved(run.school, distilled).to_toml(out))
     found: dict[str, Json] = {
-        "schema": 1, "name": run.recipe.name, "tasks": tasks, "training": dict(student.weights.meta),
+        "schema": 1, "name": run.recipe.name, "tasks": tasks, "training": dict(distilled.weights.meta),
         "timings_s": dict(run.timings_s), "environment": conditions.environment(), "notes": list(run.notes),
     }  # fmt: skip
     if pruned is not None:
@@ -181,13 +205,7 @@ def _compressed(
     run: Run, trained: Trained, targets: Sequence[Target], out: Path, *, threads: int, quick: bool
 ) -> Report:
     """All that comes after training."""
-    (teachers,), student = trained.teachers, trained.student
-    sources: dict[Stage, Source] = {"teacher": teachers[0], "student": student}
-    if trained.pruned is not None:
-        sources["pruned"] = trained.pruned.cut
-    if len(teachers) > 1:
-        run.note(f"the student has {len(teachers)} teachers; it is compared with the first of them")
-    shop = Workshop(run.store, run.data, run.recipe.export.preprocessing, run.recipe.quantize.precisions, run.say)
+    sources, shop = sources_of(trained), workshop(run)
     with run.timed("accuracy"):
         examiner, rows = measure.weights_rows(sources, shop, run.task)
     made: list[Deployment] = []
@@ -196,55 +214,105 @@ def _compressed(
         with run.timed(f"deploy {target.name}"):
             made.append(deploy(shop, target, sources["teacher"], sources["student"]))
         with run.timed(f"bench {target.name}"):
-            found, compared, told = measure.target_rows(examiner, made[-1], sources, shop, threads=threads, quick=quick)
+            short = quick or is_short(run, len(made[-1].graphs))
+            found, compared, told = measure.target_rows(examiner, made[-1], sources, shop, threads=threads, quick=short)
         rows += found
         comparisons += compared
         for text in (*made[-1].notes, *told):
             run.note(f"{target.name}: {text}")
-        if made[-1].unavailable is not None:
-            run.note(f"{target.name}: no engine was built here. {made[-1].unavailable}")
-    return _publish(run, trained, made, rows, comparisons, sources, shop, out)
+    return publish(run, [Entrant(run.school, trained, tuple(made))], rows, comparisons, shop, out)
 
 
-def _publish(
-    run: Run, trained: Trained, made: Sequence[Deployment], rows: Sequence[Variant], comparisons: Sequence[Comparison],
-    sources: Mapping[Stage, Source], shop: Workshop, out: Path,
+def sources_of(trained: Trained) -> dict[Stage, Source]:
+    """The teacher of the one task that a student is held against, the student, and what it was cut down to first."""
+    found: dict[Stage, Source] = {"teacher": trained.teachers[0][0], "student": trained.student}
+    return found if trained.pruned is None else found | {"pruned": trained.pruned.cut}
+
+
+def workshop(run: Run) -> Workshop:
+    """What the steps after training work with."""
+    recipe = run.recipe
+    return Workshop(run.store, run.data, recipe.export.preprocessing, recipe.quantize.precisions, run.say, run.deadline)
+
+
+def is_short(run: Run, models: int) -> bool:
+    """Whether so many models must be timed as shortly as with --quick, since the time budget is used up."""
+    return not run.deadline.fits("timing at full length; short measurements instead", models * TIMING_S)
+
+
+def publish(
+    run: Run, entrants: Sequence[Entrant], rows: Sequence[Variant], comparisons: Sequence[Comparison], shop: Workshop,
+    out: Path, search: Search | None = None,
 ) -> Report:  # fmt: skip
-    """Judge, choose, and leave everything in the run folder."""
-    files = {row_id(each.target, graph): graph.file for each in made for graph in each.graphs}
+    """Judge, choose, and leave everything in the run folder.
+
+    Args:
+        run: what was made, with the notes and timings so far.
+        entrants: the students whose files are kept and may be bundled; the first is told of where nothing is chosen.
+        rows: the teacher first; those of students that are no entrants are told of, and have no files.
+        comparisons: of latencies.
+        shop: that the graphs are from.
+        out: the run folder.
+        search: what was tried, where there was a search.
+    """
+    files = {row_id(m.target, g): g.file for each in entrants for m in each.made for g in m.graphs}
     paths = {name: f"models/{name}{file.suffix}" for name, file in files.items()}
     rows = [replace(row, path=paths.get(row.id)) for row in rows]
     rows = [replace(row, verdict=report.judge(row, rows[0], run.recipe.budget, run.task.metric)) for row in rows]
     chosen = report.choose(rows, run.recipe.budget, comparisons)
-    resolved = training.resolved(run.school, sources["student"]).to_toml(out)
-    found = Report(
+    targets = [made.target.name for made in entrants[0].made]
+    told_of = _owner(entrants, chosen.get(targets[0]))
+    of, made_of = told_of.school, told_of.trained.student
+    resolved = training.resolved(of, made_of).to_toml(out)
+    kept = resolved if search is None else run.recipe.to_toml(out)
+    for made in entrants[0].made:
+        if made.unavailable is not None:
+            run.note(f"{made.target.name}: no engine was built here. {made.unavailable}")
+    if len(run.recipe.task.teachers) > 1:
+        count = len(run.recipe.task.teachers)
+        run.note(f"the student has {count} teachers; it is compared with the first of them")
+    for text in run.deadline.notes():
+        run.note(text)
+    found = report.concluded(Report(
         schema=report.SCHEMA, name=run.recipe.name, teacher="teacher", variants=tuple(rows),
-        chosen={each.target.name: chosen.get(each.target.name) for each in made}, budget=run.recipe.budget,
-        environment=conditions.environment(), recipe_sha256=hashlib.sha256(resolved.encode()).hexdigest(),
+        chosen={name: chosen.get(name) for name in targets}, budget=run.recipe.budget,
+        environment=conditions.environment(), recipe_sha256=hashlib.sha256(kept.encode()).hexdigest(),
         timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons), metric=run.task.metric,
-        training=training.told(run.school, sources["student"]),
-        correspondence=training.matched(run.school, sources["student"]),
-        pruning=trained.pruned.account if trained.pruned is not None else None,
-    )  # fmt: skip
+        training=training.told(of, made_of), correspondence=training.matched(of, made_of), search=search,
+        pruning=told_of.trained.pruned.account if told_of.trained.pruned is not None else None,
+    ))  # fmt: skip
     for name, file in files.items():
         copy(file, out / paths[name])
-    write_text(out / "recipe.toml", resolved)
-    by_id = {row.id: row for row in rows}
-    for each in made:
-        _bundle(run, each, found.chosen[each.target.name], by_id, sources, shop, out / "bundles" / each.target.name)
+    write_text(out / "recipe.toml", kept)
+    if search is not None:
+        write_text(out / "chosen.toml", resolved)
+    for at, name in enumerate(targets):
+        near = found.nearest.get(name)
+        owner = _owner(entrants, found.chosen[name] or (near.variant if near else None))
+        _bundle(run, owner, at, found, shop, out / "bundles" / name)
     report.render(found, out)
     return found
 
 
-def _bundle(
-    run: Run, made: Deployment, chosen: str | None, rows: Mapping[str, Variant], sources: Mapping[Stage, Source],
-    shop: Workshop, folder: Path,
-) -> None:  # fmt: skip
-    """The bundle of one target: the chosen model first; where none meets the budget, the one that loses least."""
+def _owner(entrants: Sequence[Entrant], variant: str | None) -> Entrant:
+    """The student that a variant is of; the first one, where it is of none of them."""
+    for each in entrants:
+        if any(row_id(made.target, graph) == variant for made in each.made for graph in made.graphs):
+            return each
+    return entrants[0]
+
+
+def _bundle(run: Run, owner: Entrant, at: int, found: Report, shop: Workshop, folder: Path) -> None:
+    """The bundle of one target: the chosen model first; where none meets the budget, the one that misses it least."""
+    made, sources = owner.made[at], owner.sources
+    rows = {row.id: row for row in found.variants}
     graphs = {row_id(made.target, graph): graph for graph in made.graphs if graph.stage != "teacher"}
     deployable = {name: graph for name, graph in graphs.items() if graph.file.suffix == ".onnx"}
     drops = {name: row.drop.value for name, row in rows.items() if name in deployable and row.drop is not None}
-    first = chosen if chosen in deployable else min(drops, key=lambda name: (drops[name], name))
+    near = found.nearest.get(made.target.name)
+    wanted = (found.chosen[made.target.name], near.variant if near else None)
+    first = next((name for name in wanted if name in deployable), None)
+    first = first or min(drops, key=lambda name: (drops[name], name))
     others = [name for name in deployable if name != first and deployable[name].precision in made.target.precisions]
     kept = [first, *others] if made.backend.engine else [first]  # a board builds either precision and compares them
     models = [bundle.Source(deployable[name].file, deployable[name].precision, made.typing) for name in kept]
@@ -261,7 +329,10 @@ def _bundle(
     )  # fmt: skip
 
 
-def _begin(recipe: Recipe, opset: int | None, store: Path, quick: bool, say: Say) -> Run:
+def begin(
+    recipe: Recipe, opset: int | None, store: Path, quick: bool, say: Say, deadline: Deadline | None = None
+) -> Run:
+    """A run with its data read and its store open; nothing is trained yet."""
     say = here().heard(say)
     if quick:
         recipe = _shorter(recipe)
@@ -269,7 +340,7 @@ def _begin(recipe: Recipe, opset: int | None, store: Path, quick: bool, say: Say
     begun = time.perf_counter()
     subjects = tuple(training.read(spec, recipe.seed, recipe.source) for spec in recipe.tasks)
     timings["data"] = round(time.perf_counter() - begun, 3)
-    school = School(recipe, subjects, Store(store, say), store / training.ANSWERS, opset, say)
+    school = School(recipe, subjects, Store(store, say), store / training.ANSWERS, opset, say, deadline or Deadline())
     run = Run(school, timings, [])
     for found in (subject.data for subject in subjects):
         sizes = {"train": len(found.train), "calibration": len(found.calibration), "test": len(found.test)}
@@ -281,19 +352,22 @@ def _begin(recipe: Recipe, opset: int | None, store: Path, quick: bool, say: Say
     return run
 
 
-def _trained(run: Run, targets: Sequence[Target]) -> Trained:
-    """The teachers of each task, and the student of them all."""
-    school = run.school
+def teachers(run: Run) -> list[tuple[Source, ...]]:
+    """The teachers of each task."""
     with run.timed("teacher"):
-        teachers = [training.teachers(school, subject) for subject in school.subjects]
+        return [training.teachers(run.school, subject) for subject in run.school.subjects]
+
+
+def student(run: Run, school: School, taught_by: list[tuple[Source, ...]], targets: Sequence[Target]) -> Trained:
+    """The student of all tasks, as the school's recipe has it: distilled, or cut out of its teacher and distilled."""
     if school.recipe.prune is None:
         with run.timed("distill"):
-            return Trained(teachers, training.student(school, teachers))
+            return Trained(taught_by, training.student(school, taught_by))
     with run.timed("prune and distill"):
-        pruned = rounds.student(school, teachers, targets)
+        pruned = rounds.student(school, taught_by, targets)
     for text in pruned.notes:
         run.note(text)
-    return Trained(teachers, pruned.student, pruned)
+    return Trained(taught_by, pruned.student, pruned)
 
 
 def _shorter(recipe: Recipe) -> Recipe:

@@ -161,23 +161,54 @@ def load(path: Path) -> Recipe:
     return parse(toml.load(path), source=str(path), folder=path.resolve().parent)
 
 
-def overridden(
-    recipe: Recipe, *, seed: int | None, max_drop: str | None, max_latency: str | None, max_size: str | None
-) -> Recipe:
-    """The recipe with what the command line says instead."""
-    budget = budget_of(recipe.budget, max_drop, max_latency, max_size)
-    return replace(recipe, seed=recipe.seed if seed is None else seed, budget=budget)
+def overridden(recipe: Recipe, *, seed: int | None = None, **limits: str | None) -> Recipe:
+    """The recipe with what the command line says instead; `limits` are those of `budget_of`."""
+    return replace(recipe, seed=recipe.seed if seed is None else seed, budget=budget_of(recipe.budget, **limits))
 
 
-def budget_of(budget: Budget, max_drop: str | None, max_latency: str | None, max_size: str | None) -> Budget:
-    """The budget with the limits that the command line sets, as it writes them: "1%", "5ms", "4MB"."""
+def budget_of(
+    budget: Budget,
+    max_drop: str | None = None,
+    max_latency: str | None = None,
+    max_size: str | None = None,
+    max_memory: str | None = None,
+) -> Budget:
+    """The budget with the limits that the command line sets, as it writes them: "1%", "5ms", "4MB", "64MB"."""
     if max_drop is not None:
         budget = replace(budget, max_accuracy_drop=units.fraction(max_drop, "--max-drop"))
     if max_latency is not None:
         budget = replace(budget, max_latency_ms=units.milliseconds(max_latency, "--max-latency"))
     if max_size is not None:
         budget = replace(budget, max_size_bytes=units.size_bytes(max_size, "--max-size"))
+    if max_memory is not None:
+        budget = replace(budget, max_memory_bytes=units.size_bytes(max_memory, "--max-memory"))
     return budget
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPlan:
+    """How many students are tried, and where the trials are kept. It is of a command line, and in no recipe."""
+
+    candidates: int
+    epochs: int | None = None  # of a candidate; None: as many as the recipe's student
+    storage: str | None = None  # a file, or the URL of a database; None: a file in the run folder
+
+
+def search_of(candidates: int | None, epochs: int | None, storage: str | None) -> SearchPlan | None:
+    """What the command line says of a search; None where it asks for none.
+
+    Raises:
+        RecipeError: a number below 1, or options of a search without one.
+    """
+    for name, value in (("--search", candidates), ("--search-epochs", epochs)):
+        if value is not None and value < 1:
+            raise RecipeError(f"{value} is too few", where=name, expected="a number from 1")
+    if candidates is None:
+        for name, given in (("--search-epochs", epochs), ("--search-storage", storage)):
+            if given is not None:
+                raise RecipeError("there is no search", where=name, fix="say how many students to try: --search 12")
+        return None
+    return SearchPlan(candidates, epochs, storage)
 
 
 _SECTIONS = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from edgekd import data, distillation, export, models, plugins
+from edgekd.clock import Deadline
 from edgekd.deploy import Source
 from edgekd.distillation import Lesson, Teacher
 from edgekd.errors import ModelError, RecipeError, nearest
@@ -67,6 +68,7 @@ class School:
     answers: Path
     opset: int | None  # that models are tried with before they are trained; None: they are not to be deployed
     say: Say
+    deadline: Deadline = field(default_factory=Deadline)  # that optional steps ask whether they fit
 
 
 def read(spec: TaskSpec, seed: int, source: str) -> Subject:

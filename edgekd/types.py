@@ -1,4 +1,4 @@
-"""The nouns of edgekd: frozen data that steps pass to each other. Imports nothing of ours."""
+"""The nouns of edgekd: frozen data that steps pass to each other. Imports nothing of ours but `outcome`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import TypeAliasType
 
+from edgekd.outcome import Front, Limit, Nearest, Search
+from edgekd.outcome import Status as Status
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -20,7 +23,6 @@ Arrays: TypeAlias = "Mapping[str, np.ndarray]"  # named inputs or outputs, batch
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
 Stage: TypeAlias = Literal["teacher", "student", "pruned", "onnx", "quantized", "engine"]
 Origin: TypeAlias = Literal["device", "host", "estimate"]
-Status: TypeAlias = Literal["met", "missed", "cannot tell"]
 # What the label of a sample is: one class; a 0 or a 1 for each label; a class for each point of a grid; numbers.
 LabelForm: TypeAlias = Literal["classes", "flags", "maps", "values"]
 
@@ -315,6 +317,7 @@ class Latency:
     device: str
     threads: int
     power_mode: str | None
+    rounds: str | None = None  # of a search: the candidate whose own rounds it is from; None: the report's rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +358,7 @@ class Budget:
     max_accuracy_drop: Annotated[float, Ge(0), Le(1)] | None = None  # of the metric, against the teacher; 0.01: a point
     max_latency_ms: Annotated[float, Gt(0)] | None = None
     max_size_bytes: Annotated[int, Gt(0)] | None = None
+    max_memory_bytes: Annotated[int, Gt(0)] | None = None  # of `peak_memory_bytes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +367,7 @@ class Verdict:
 
     status: Status
     reasons: tuple[str, ...]
+    limits: tuple[Limit, ...] = ()  # in the order of the reasons; none where the budget sets none
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,6 +395,7 @@ class Variant:
     verdict: Verdict | None
     missing: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)  # other figures of the task by name: "RMSE"
+    candidate: str | None = None  # of a search: the student that it is of
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,3 +489,6 @@ class Report:
     training: Training | None = None  # of the student
     correspondence: tuple[Matched, ...] = ()  # where losses compare layers: one for each head
     pruning: Pruning | None = None  # where the student was cut out of its teacher
+    nearest: Mapping[str, Nearest] = field(default_factory=dict)  # by target, where none is chosen
+    pareto: tuple[Front, ...] = ()  # one for each target
+    search: Search | None = None

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "edgekd"
 
 # What may import what: a module imports from the rows above its own, and from its own folder.
 LAYERS = [
+    {"outcome", "clock"},
     {"types", "errors"},
     {"processes"},
     {"toml", "units", "store"},
@@ -29,12 +30,13 @@ LAYERS = [
     {"training", "direct"},
     {"rounds"},
     {"pipeline", "doctor", "view", "starter", "progress"},
+    {"search"},
     {"cli"},
     {"__main__"},
 ]
 TORCH_AT_TOP = {
     "models", "losses", "correspondence", "distillation", "pruning", "graph", "export", "quantize", "deploy",
-    "training", "direct", "rounds", "pipeline",
+    "training", "direct", "rounds", "pipeline", "search",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "manager", "handler", "handlers", "misc"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

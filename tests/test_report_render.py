@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_report import BUDGET, finished, latency, matched, of_values, pair, realistic, taught, variant
+from sample_report import BUDGET, finished, latency, matched, of_values, pair, realistic, searched, taught, variant
 
 from edgekd import report
 from edgekd.bench.accuracy import wilson
@@ -50,13 +50,14 @@ def hostile() -> Report:
         )
         for v in made.variants
     )  # fmt: skip
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         made, name=HOSTILE, variants=rows, teacher=rows[0].id, notes=(HOSTILE,), environment={HOSTILE: HOSTILE},
         chosen={t: c and c + HOSTILE for t, c in made.chosen.items()}, recipe_sha256=HOSTILE, timings_s={HOSTILE: 1.0},
         comparisons=tuple(dataclasses.replace(c, candidate=HOSTILE) for c in made.comparisons), metric=HOSTILE,
         training=taught(teachers=(HOSTILE,), losses=(LossTerm(Part(HOSTILE), 1.0, ((HOSTILE, HOSTILE),)),)),
         correspondence=(Matched(HOSTILE, "same", (pair(HOSTILE, HOSTILE, HOSTILE, 1.0, depth=1.0),), (HOSTILE,)),),
     )  # fmt: skip
+    return report.concluded(changed)
 
 
 EDGES: dict[str, Report] = {
@@ -73,6 +74,9 @@ EDGES: dict[str, Report] = {
     "no targets": finished([TEACHER, variant("v", "onnx", accuracy=wilson(450, 450))], BUDGET),
     "bare": finished([TEACHER], Budget(), environment={}, timings_s={}, notes=()),
     "regression": of_values(),
+    "search": searched(),
+    "search without latency": searched(timed=False),
+    "search in vain": searched(budget=Budget(max_accuracy_drop=0.0, max_size_bytes=10, max_memory_bytes=10)),
     "several heads": dataclasses.replace(realistic(), correspondence=(matched("topic"), matched("mood"))),
     "hostile": hostile(),
 }  # fmt: skip
@@ -155,6 +159,47 @@ def test_the_headline_of_nothing_names_the_reasons() -> None:
     assert host.lead == "Deploy nothing on host yet."
     assert len(host.because) == 3
     assert host.because[0].startswith("host-fp32: accuracy drop: 0.2 points")
+
+
+def test_the_headline_of_nothing_says_what_is_nearest() -> None:
+    host, _ = story.headlines(EDGES["nothing chosen"])
+    assert "Nearest: host-int8 " in host.body
+    assert "it would fit with --max-drop 0.003 --max-latency 0.136ms --max-size 29.8kB." in host.body
+    for text in (Page(html(EDGES["nothing chosen"])).text, markdown(EDGES["nothing chosen"])):
+        assert "Nearest: host-int8 drops 0.2 points where 0 is allowed" in text
+
+
+def test_the_front_is_drawn_and_listed() -> None:
+    made = searched()
+    page, noted = Page(html(made)), markdown(made)
+    assert sum(tag == "path" and a.get("class") == "front" for tag, a in page.tags) == 2, "wide and narrow"
+    on = [a for tag, a in page.tags if tag == "circle" and a.get("class") == "ring"]
+    assert on, "the chosen one is marked"
+    assert "The front: accuracy, latency and size (larger marks)" in page.text
+    (front,) = made.pareto
+    rows = [line for line in noted.splitlines() if line.startswith("| w")]
+    assert [line.split(" ")[1] for line in rows if "/student-" in line.split("|")[1]] == [
+        name.removeprefix("host/") for name in front.variants
+    ]
+    assert all(name.partition("/")[2].partition("/")[0] not in ("w2", "w4", "w6") for name in front.variants)
+    for text in (page.text, noted):
+        assert "10 of 11 candidates asked for were made by 2 processes; Optuna 5.0.0 (TPE) proposed them" in text
+        assert "model resnet8: it cannot be built" in text
+        assert "30 of 30 epochs" in text
+
+
+def test_a_front_of_two_points_is_no_picture() -> None:
+    given: dict[str, Any] = {"target": "host", "accuracy": wilson(430, 450), "drop": Interval(0.01, 0.0, 0.02, 450)}
+    rows = [TEACHER, *(variant(f"v{i}", "onnx", **given, size_bytes=9 - i, latency_ms=latency(1 + i)) for i in (0, 1))]
+    assert "The front" not in html(finished(rows, BUDGET)) + markdown(finished(rows, BUDGET))
+    assert "The front" in html(realistic())
+
+
+def test_each_limit_of_a_verdict_has_its_own_mark() -> None:
+    text = html(EDGES["search in vain"])
+    why = text[text.index("<h2>Verdicts</h2>") :]
+    assert why.count("pill missed") > 20
+    assert "pill cannot-tell" in why, "memory was not measured"
 
 
 def test_int8_that_was_not_timed_has_still_to_earn_its_place() -> None:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edgekd.report import figures
-from edgekd.report.judge import judge, rejections
+from edgekd.report import figures, searched
+from edgekd.report.judge import deployable, judge, rejections
+from edgekd.report.nearest import counted
 from edgekd.types import Budget, Latency, LossTerm, Pruning, Report, Training, Variant
+
+_MOST_REASONS = 8  # lines of why nothing is chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ def budget_line(budget: Budget, metric: str = "accuracy") -> str:
         parts.append(f"latency at most {figures.plain(figures.milliseconds(budget.max_latency_ms))}")
     if budget.max_size_bytes is not None:
         parts.append(f"size at most {figures.plain(figures.size(budget.max_size_bytes))}")
+    if budget.max_memory_bytes is not None:
+        parts.append(f"peak memory at most {figures.plain(figures.size(budget.max_memory_bytes))}")
     return "; ".join(parts) if parts else "no limit was set"
 
 
@@ -153,11 +158,12 @@ def comparable(one: Latency | None, two: Latency | None) -> bool:
     """Whether two latencies were measured on the same device, with the same threads and power mode."""
     if one is None or two is None:
         return False
-    return (one.device, one.threads, one.power_mode, one.origin) == (
+    return (one.device, one.threads, one.power_mode, one.origin, one.rounds) == (
         two.device,
         two.threads,
         two.power_mode,
         two.origin,
+        two.rounds,
     )
 
 
@@ -167,6 +173,7 @@ def summary(report: Report, folder: str) -> str:
     lines += [f"  {reason}" for h in headlines(report) for reason in h.because]
     if not lines:
         lines = ["No target was asked for, so there is nothing to deploy."]
+    lines += [searched.line(report)] if report.search else []
     return "\n".join([*lines, f"Report: {folder}/report.html"])
 
 
@@ -202,7 +209,12 @@ def _nothing(report: Report, target: str, teacher: Variant) -> Headline:
             told = f"its {report.metric} was not measured ({variant.missing.get('accuracy', 'no reason was recorded')})"
         if told:
             because.append(f"{figures.short_name(variant)}: {told}")
+    if len(because) > _MOST_REASONS:  # a search leaves dozens: the verdicts tell of each
+        because = [counted(deployable(report.variants, target), report.metric)]
     what = "No variant is known to keep the budget." if offered else "No variant was made for it."
+    near = report.nearest.get(target)
+    if near is not None:
+        what += f" Nearest: {near.says}" + (f"; {near.needs}." if near.needs else ".")
     return Headline(target, "none", None, f"Deploy nothing on {target} yet.", what, tuple(because))
 
 
@@ -243,7 +255,8 @@ def _ratio(ratio: float, more: str, less: str, same: str) -> str:
 
 def _unearned(chosen: Variant, report: Report) -> tuple[str, ...]:
     """int8 that is chosen for its size alone, since nothing was timed: it may be slower than float there."""
-    there = [v for v in report.variants if v.target == chosen.target and v.stage != "teacher"]
+    there = [v for v in report.variants if (v.target, v.candidate) == (chosen.target, chosen.candidate)]
+    there = [v for v in there if v.stage != "teacher"]
     rivals = [figures.short_name(v) for v in there if v.precision in ("fp16", "fp32")]
     if chosen.precision != "int8" or chosen.latency_ms is not None or not rivals:
         return ()

@@ -9,8 +9,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from edgekd.report import figures, layers, story
+from edgekd.report import figures, layers, searched, story
 from edgekd.report.pictures import Picture, pictures
+from edgekd.report.searched import FrontTable, SearchTold
 from edgekd.report.story import Headline
 from edgekd.types import Json, Matched, Report, Variant
 
@@ -62,6 +63,7 @@ class Why:
     id: str
     status: str
     reasons: tuple[str, ...]
+    statuses: tuple[str, ...]  # of each reason that is one of a limit, else empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class Place:
     pictures: tuple[Picture, ...]
     bounds: tuple[tuple[str, str], ...]  # device and mode, least time
     bounds_of: str
+    front: FrontTable | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,8 @@ class Page:
     timings: tuple[tuple[str, str], ...]
     recipe_sha256: str
     rerun: str
+    search: SearchTold | None
+    search_columns: tuple[str, ...]
 
 
 @dataclass
@@ -163,8 +168,14 @@ def page(report: Report) -> Page:
         environment=tuple(_flat(report.environment)),
         timings=tuple((name, figures.duration(seconds)) for name, seconds in report.timings_s.items()),
         recipe_sha256=report.recipe_sha256,
-        rerun=f"edgekd compress recipe.toml {targets}".strip(),
+        rerun=f"edgekd compress recipe.toml {targets}{_again(report)}".strip(),
+        search=searched.told(report),
+        search_columns=searched.COLUMNS,
     )
+
+
+def _again(report: Report) -> str:
+    return f" --search {report.search.asked}" if report.search else ""
 
 
 def _place(report: Report, headline: Headline, gaps: _Gaps) -> Place:
@@ -179,6 +190,7 @@ def _place(report: Report, headline: Headline, gaps: _Gaps) -> Place:
             for e in (bounded.estimates if bounded else ())
         ),
         bounds_of=bounded.id if bounded else "",
+        front=searched.front_table(report, headline.target),
     )
 
 
@@ -260,7 +272,9 @@ def _why(report: Report) -> tuple[Why, ...]:
         if variant.id in refused:
             reasons.append(f"not chosen: {refused[variant.id]}")
         if variant.verdict or reasons:
-            found.append(Why(variant.id, variant.verdict.status if variant.verdict else "", tuple(reasons)))
+            of_limits = [limit.status for limit in variant.verdict.limits] if variant.verdict else []
+            statuses = (*of_limits, *[""] * (len(reasons) - len(of_limits)))
+            found.append(Why(variant.id, variant.verdict.status if variant.verdict else "", tuple(reasons), statuses))
     return tuple(found)
 
 
