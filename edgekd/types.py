@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 # a named alias, since pydantic cannot resolve a recursive one without a name
 Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, Json] | None")
 Arrays: TypeAlias = "Mapping[str, np.ndarray]"  # named inputs or outputs, batch first
-Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+# int8: static, calibrated; w8: int8 weights, computed in fp32; dynamic: int8 weights, inputs quantized as they come.
+Precision: TypeAlias = Literal["fp32", "fp16", "int8", "w8", "dynamic"]
 Stage: TypeAlias = Literal["teacher", "student", "pruned", "onnx", "quantized", "engine"]
 Origin: TypeAlias = Literal["device", "host", "estimate"]
 Status: TypeAlias = Literal["met", "missed", "cannot tell"]
@@ -261,6 +262,8 @@ class QuantizationRules:
     quantize_outputs: bool  # True: every value between operators (ORT QLinear*); False: inputs only (TensorRT)
     quantize_bias: bool  # int32 bias behind a DequantizeLinear
     min_channels: int = 0  # convolutions and linear layers narrower than this stay in float
+    weight_bits: Literal[7, 8] = 8  # 7: weights in [-64, 64], for kernels that add pairs of products in 16 bits
+    sums_16_bit: bool = False  # some CPUs of the platform have only such kernels (x86 without VNNI)
     lint: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
 
 

@@ -69,6 +69,7 @@ def quantize_onnx(
             op_types_to_quantize=list(types),
             nodes_to_exclude=[*left, *preparing(model)],
             per_channel=rules.weight_per_channel,
+            reduce_range=rules.weight_bits == 7,
             activation_type=ort_quantization.QuantType.QInt8 if signed else ort_quantization.QuantType.QUInt8,
             weight_type=ort_quantization.QuantType.QInt8,
             extra_options=options,
