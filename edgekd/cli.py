@@ -174,6 +174,47 @@ def distill(
 
 
 @cli.command()
+@click.argument("source", required=False, type=click.Path(path_type=Path), metavar="[RECIPE | MODEL.onnx]")
+@_targets
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Of an .onnx file: samples (folder or zip of images, .npz)."
+)
+@click.option("--mean", metavar="NUMBERS", help="Of an .onnx file that takes float images: 0.485,0.456,0.406.")
+@click.option("--std", metavar="NUMBERS", help="The same: 0.229,0.224,0.225, of values in [0, 1].")
+@click.option("--precision", "precisions", multiple=True, help="What to make; left out: what the target allows.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the results; left out: runs/<name>.")
+@_store
+@_seed
+@_budget
+@_threads
+@_quick
+@_json
+@_verbose
+def quantize(
+    source: Path | None, targets: tuple[str, ...], data: Path | None, mean: str | None, std: str | None,
+    precisions: tuple[str, ...], out: Path | None, store: Path, seed: int | None, max_drop: str | None,
+    max_latency: str | None, max_size: str | None, threads: int, quick: bool, as_json: bool, verbose: bool,
+) -> int:  # fmt: skip
+    """Quantize a trained model as it is, without a student: the [teacher] of RECIPE, or MODEL.onnx with --data.
+
+    What is made is checked, measured beside the float model and reported; quantize.json says how it was made.
+    """
+    from edgekd import target as target_files
+    from edgekd.alone import asked, quantize_alone
+    from edgekd.store import make_folder
+
+    order = asked(
+        source, data=data, mean=mean, std=std, precisions=precisions, seed=seed,
+        limits=(max_drop, max_latency, max_size),
+    )  # fmt: skip
+    found = [target_files.load(name) for name in dict.fromkeys(targets or ("host",))]
+    folder = make_folder(out or Path("runs") / order.name)
+    with _told_in(folder / "log.jsonl", verbose) as say:
+        report = quantize_alone(order, found, folder, store=store, threads=threads, quick=quick, say=say)
+    return _told(report, folder, as_json)
+
+
+@cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("others", nargs=-1, type=click.Path(path_type=Path))
 @_threads

@@ -14,6 +14,7 @@ import torch
 
 from edgekd import export, plugins, quantize
 from edgekd.backends.onnxruntime import fused
+from edgekd.bench import conditions
 from edgekd.data.preprocessed import normalise
 from edgekd.errors import ModelError, ParityError
 from edgekd.graph import edit
@@ -133,6 +134,8 @@ def deploy(shop: Workshop, target: Target, teacher: Source, student: Source) -> 
     if backend.engine and unavailable is None:
         graphs += [_engine(shop, backend, backend.engine(), graph) for graph in graphs]
     notes += [note for graph in graphs for note in graph.notes]
+    slow = conditions.without_vnni() if target.quantization.sums_16_bit else None
+    notes += [slow] if slow else []
     return Deployment(target, backend, tuple(graphs), legacy, unavailable, tuple(dict.fromkeys(notes)))
 
 

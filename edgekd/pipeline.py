@@ -21,6 +21,7 @@ from edgekd.bench import conditions
 from edgekd.deploy import Deployment, Source, Workshop, deploy, row_id, samples
 from edgekd.processes import here
 from edgekd.recipe import Recipe, TaskSpec
+from edgekd.report.account import account_of
 from edgekd.store import Store, copy, write_text
 from edgekd.training import School
 from edgekd.types import Comparison, Dataset, Json, Report, Say, Stage, Target, Task, TrainOptions, Variant
@@ -103,6 +104,26 @@ def compress(
     return here().once(lambda: _compressed(run, trained, targets, out, threads=threads, quick=quick))
 
 
+def quantize(
+    recipe: Recipe, targets: Sequence[Target], out: Path, *, store: Path, threads: int, quick: bool, say: Say
+) -> Report:
+    """Quantize the model of [teacher] for each target, without a student, and leave what `compress` leaves in `out`.
+
+    In the report it is the teacher as it is in float, and the student in every form that can be deployed; beside it
+    quantize.json says how each form was made.
+
+    Raises:
+        EdgekdError: the user's data, model, recipe or disk stands in the way; `out` holds no half-written file.
+    """
+    recipe.task  # noqa: B018  # one task at a time can be deployed
+    run = _begin(recipe, targets[0].opset, store, quick, say)
+    run.note("no student was distilled: here it is the model of [teacher] itself, in the forms that can be deployed")
+    with run.timed("teacher"):
+        model = training.teachers(run.school, run.school.subjects[0])[0]
+    trained: Trained = ([(model,)], model)
+    return here().once(lambda: _compressed(run, trained, targets, out, threads=threads, quick=quick, alone=True))
+
+
 def distill(recipe: Recipe, out: Path, *, store: Path, quick: bool, say: Say) -> dict[str, Json]:
     """Train the teachers and the student of a recipe, and leave student.safetensors and distill.json in `out`.
 
@@ -151,9 +172,9 @@ def distilled_text(found: dict[str, Json], out: Path) -> str:
 
 
 def _compressed(
-    run: Run, trained: Trained, targets: Sequence[Target], out: Path, *, threads: int, quick: bool
+    run: Run, trained: Trained, targets: Sequence[Target], out: Path, *, threads: int, quick: bool, alone: bool = False
 ) -> Report:
-    """All that comes after training."""
+    """All that comes after training; `alone`: of one model, with an account of its forms."""
     (teachers,), student = trained
     sources: dict[Stage, Source] = {"teacher": teachers[0], "student": student}
     if len(teachers) > 1:
@@ -167,14 +188,18 @@ def _compressed(
         with run.timed(f"deploy {target.name}"):
             made.append(deploy(shop, target, sources["teacher"], sources["student"]))
         with run.timed(f"bench {target.name}"):
-            found, compared, told = measure.target_rows(examiner, made[-1], sources, shop, threads=threads, quick=quick)
-        rows += found
+            more, compared, told = measure.target_rows(examiner, made[-1], sources, shop, threads=threads, quick=quick)
+        rows += more
         comparisons += compared
         for text in (*made[-1].notes, *told):
             run.note(f"{target.name}: {text}")
         if made[-1].unavailable is not None:
             run.note(f"{target.name}: no engine was built here. {made[-1].unavailable}")
-    return _publish(run, made, rows, comparisons, sources, shop, out)
+    found = _publish(run, made, rows, comparisons, sources, shop, out)
+    if alone:
+        accounts = {row_id(each.target, graph): graph.artifact.meta for each in made for graph in each.graphs}
+        write_text(out / "quantize.json", json.dumps(account_of(found, accounts, "pytorch"), indent=1) + "\n")
+    return found
 
 
 def _publish(

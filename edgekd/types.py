@@ -262,9 +262,9 @@ class QuantizationRules:
     quantize_outputs: bool  # True: every value between operators (ORT QLinear*); False: inputs only (TensorRT)
     quantize_bias: bool  # int32 bias behind a DequantizeLinear
     min_channels: int = 0  # convolutions and linear layers narrower than this stay in float
+    lint: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
     weight_bits: Literal[7, 8] = 8  # 7: weights in [-64, 64], for kernels that add pairs of products in 16 bits
     sums_16_bit: bool = False  # some CPUs of the platform have only such kernels (x86 without VNNI)
-    lint: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,10 @@ LAYERS = [
     {"report", "bundle"},
     {"deploy"},
     {"measure"},
+    {"onnx_file"},
     {"training", "direct"},
     {"pipeline", "doctor", "view", "starter", "progress"},
+    {"alone"},
     {"cli"},
     {"__main__"},
 ]

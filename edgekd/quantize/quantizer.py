@@ -178,7 +178,7 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
         return QuantizationSpec(
             dtype=torch.int8,
             observer_or_fake_quant_ctr=observer.with_args(eps=LOWEST_SCALE),
-            quant_min=-largest,  # -128 · -128 would overflow the 16-bit sums of older kernels, and symmetry wants it unused
+            quant_min=-largest,  # not -128: -128 · -128 overflows 16-bit sums of old kernels; symmetry wants it unused
             quant_max=largest,
             qscheme=torch.per_tensor_symmetric if whole else torch.per_channel_symmetric,
             ch_axis=None if whole else axis,

@@ -91,7 +91,7 @@ def _one_weight(node: ir.Node, index: int, axis: int) -> str | None:
     full = np.asarray(array.numpy())
     if full.dtype != np.float32 or full.ndim < 2:
         return "" if full.dtype.kind in "iub" or full.ndim < 2 else f"its weights are {full.dtype}"
-    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+    if node.op_type == "Gemm" and _transposed(node):
         axis = 0
     channels = full.shape[axis]
     if full.size < _LEAST or full.size < _LEAST_PER_SCALE * channels:
@@ -100,6 +100,10 @@ def _one_weight(node: ir.Node, index: int, axis: int) -> str | None:
         return "a weight is not finite"
     _replace(node, value, full, axis % full.ndim)
     return None
+
+
+def _transposed(node: ir.Node) -> bool:
+    return "transB" in node.attributes and node.attributes["transB"].as_int() != 0
 
 
 def _replace(node: ir.Node, value: ir.Value, full: np.ndarray, axis: int) -> None:

@@ -95,8 +95,8 @@ def _bytes(value: onnx.ValueInfoProto) -> int:
     kind = value.type.tensor_type
     if not kind.HasField("shape") or not all(dim.HasField("dim_value") for dim in kind.shape.dim):
         return 0
-    width = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).itemsize
-    return width * math.prod(dim.dim_value for dim in kind.shape.dim)
+    width = int(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)).itemsize)
+    return width * math.prod(int(dim.dim_value) for dim in kind.shape.dim)
 
 
 def _kb(size: int) -> str:

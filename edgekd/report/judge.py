@@ -50,8 +50,8 @@ def _judge(variant: Variant, budget: Budget, metric: str = "accuracy", *, is_tea
 def rejections(variants: Sequence[Variant], budget: Budget, comparisons: Sequence[Comparison] = ()) -> dict[str, str]:
     """Variant id → why it does not earn its place: int8 that was measured no faster than float on the same target.
 
-    int8 and dynamic int8 must be faster. Of weight-only int8, which computes in float, it is asked that the file is
-    smaller, and that it is not slower. Held against each of them: the fastest float variant of the same target and runtime, measured under the same
+    int8 and dynamic int8 must be faster; weight-only int8, which computes in float, must be smaller and not slower.
+    Held against each of them: the fastest float variant of the same target and runtime, measured under the same
     conditions, that does not miss the budget itself (one that is too large is no alternative). Where both were timed
     in the same interleaved rounds the interval of their ratio decides, else whether their intervals are apart.
     """
@@ -133,8 +133,9 @@ def _no_gain(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]
     if verdict == "faster":
         return None
     told = {"slower": f"{ratio:.2f}{figures.TIMES} slower than", "same": "no faster than"}
+    form = "dynamic int8" if variant.precision == "dynamic" else "int8"
     return (
-        f"{'dynamic ' if variant.precision == 'dynamic' else ''}int8 must earn its place: at {figures.milliseconds(ours.p50)} {figures.latency_interval(ours)} it is "
+        f"{form} must earn its place: at {figures.milliseconds(ours.p50)} {figures.latency_interval(ours)} it is "
         f"{told.get(verdict, 'not shown to be faster than')} {rival.id} in {rival.precision} at "
         f"{figures.milliseconds(theirs.p50)} {figures.latency_interval(theirs)}"
     )
