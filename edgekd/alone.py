@@ -62,8 +62,8 @@ def asked(
         fix = "--data images/ (a folder or zip of images) or --data samples.npz"
         raise RecipeError("an .onnx file is quantized with samples of yours", where="--data", fix=fix)
     budget = recipes.budget_of(Budget(), *limits)
-    numbers = [_numbers(text, option) for text, option in ((mean, "--mean"), (std, "--std"))]
-    return Order(source.stem, None, source, data, *numbers, chosen, budget, seed or 0)
+    levels, spread = _numbers(mean, "--mean"), _numbers(std, "--std")
+    return Order(source.stem, None, source, data, levels, spread, chosen, budget, seed or 0)
 
 
 def quantize_alone(

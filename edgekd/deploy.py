@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -338,7 +339,11 @@ def _graph(name: str, stage: Stage, precision: Precision, made: Artifact) -> Gra
     if meta.get("relieved"):
         told = ", ".join(f"{layer} ({steps:g} steps)" for layer, steps in meta["relieved"].items())
         notes.append(f"{name} has less range of weights where CPUs without VNNI would clip sums: {told}")
-    if meta.get("float"):
+    if meta.get("float") and precision != "int8":
+        counted = Counter(meta["float"].values())
+        kept = ", ".join(f"{count} × ({why})" for why, count in sorted(counted.items()))
+        notes.append(f"{name} keeps in float: {kept}")
+    elif meta.get("float"):
         kept = ", ".join(f"{layer} ({why})" for layer, why in sorted(meta["float"].items()))
         notes.append(f"{name} keeps in float: {kept}")
     file = made.path / MODEL

@@ -195,7 +195,8 @@ def _compressed(
             run.note(f"{target.name}: {text}")
         if made[-1].unavailable is not None:
             run.note(f"{target.name}: no engine was built here. {made[-1].unavailable}")
-    found = _publish(run, made, rows, comparisons, sources, shop, out)
+    command = f"{'quantize' if alone else 'compress'} recipe.toml"
+    found = _publish(run, made, rows, comparisons, sources, shop, out, command)
     if alone:
         accounts = {row_id(each.target, graph): graph.artifact.meta for each in made for graph in each.graphs}
         write_text(out / "quantize.json", json.dumps(account_of(found, accounts, "pytorch"), indent=1) + "\n")
@@ -204,7 +205,7 @@ def _compressed(
 
 def _publish(
     run: Run, made: Sequence[Deployment], rows: Sequence[Variant], comparisons: Sequence[Comparison],
-    sources: Mapping[Stage, Source], shop: Workshop, out: Path,
+    sources: Mapping[Stage, Source], shop: Workshop, out: Path, command: str,
 ) -> Report:  # fmt: skip
     """Judge, choose, and leave everything in the run folder."""
     files = {row_id(each.target, graph): graph.file for each in made for graph in each.graphs}
@@ -219,7 +220,7 @@ def _publish(
         environment=conditions.environment(), recipe_sha256=hashlib.sha256(resolved.encode()).hexdigest(),
         timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons), metric=run.task.metric,
         training=training.told(run.school, sources["student"]),
-        correspondence=training.matched(run.school, sources["student"]),
+        correspondence=training.matched(run.school, sources["student"]), command=command,
     )  # fmt: skip
     for name, file in files.items():
         copy(file, out / paths[name])

@@ -450,3 +450,4 @@ class Report:
     metric: str = "accuracy"  # what `accuracy` and `drop` of the variants are
     training: Training | None = None  # of the student
     correspondence: tuple[Matched, ...] = ()  # where losses compare layers: one for each head
+    command: str = "compress recipe.toml"  # of edgekd, that makes it again; its targets stand apart

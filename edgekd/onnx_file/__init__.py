@@ -23,13 +23,13 @@ import edgekd
 from edgekd import export, report
 from edgekd.bench import conditions
 from edgekd.data.unlabelled import samples as read_samples
-from edgekd.errors import DataError, EdgekdError, ModelError, ParityError
+from edgekd.errors import EdgekdError, ModelError, ParityError
 from edgekd.graph import given
 from edgekd.graph.edit import cast_first, save, strip
 from edgekd.graph.edit import opset as opset_of
 from edgekd.graph.opset import lower
 from edgekd.graph.program import quiet, reason
-from edgekd.onnx_file.feed import Feed, feeding, layout, signature
+from edgekd.onnx_file.feed import Feed, feeding, layout, signature, split
 from edgekd.onnx_file.figures import Form, examiner, judged_by, measured, outputs
 from edgekd.quantize import lint, saturation, worth
 from edgekd.quantize.dynamic import quantize_dynamic
@@ -44,6 +44,7 @@ from edgekd.types import (
     Comparison,
     Dataset,
     Json,
+    Parity,
     Precision,
     Report,
     Say,
@@ -145,17 +146,11 @@ def quantized(
             yield feed
 
     try:
-        own = onnx.ModelProto()
-        own.CopyFrom(model)  # the quantizer moves the weights of what it is given
-        made, done, left = quantize_onnx(own, counted(), rules)
+        made, done, left = quantize_onnx(model, counted(), rules)
     except EdgekdError:
         raise
     except Exception as problem:  # onnxruntime's quantizer raises many kinds
-        if not count:
-            raise DataError("there are no calibration samples", expected="at least one batch") from problem
         raise ModelError(f"it cannot be quantized: {reason(problem)}", fix="deploy it in float") from problem
-    if not count:
-        raise DataError("there are no calibration samples", expected="at least one batch of real inputs")
     with quiet():
         made = strip(cast_first(finish(made, rules)))
     account: dict[str, Json] = {
@@ -169,6 +164,59 @@ def quantized(
     if rules.sums_16_bit:
         account |= saturation.relieve(path, {name: np.concatenate([f[name] for f in first]) for name in first[0]})
     return account
+
+
+def of_batches(
+    given_path: Path, batches: Sequence[Arrays], target: Target, precision: Precision, path: Path, work: Path
+) -> tuple[dict[str, Json], Parity]:
+    """One form of a user's ONNX file, written to `path`, with its account and its parity with the float graph.
+
+    Args:
+        batches: as the graph takes them; a single input may have any name.
+        work: an empty folder.
+
+    Raises:
+        ModelError: it is no float32 ONNX file that can be read, has no such form, or takes other inputs.
+    """
+    plain = given.read(given_path)
+    inputs, _ = signature(plain)
+    named = [_named(batch, inputs, str(given_path)) for batch in batches]
+    save(_of_opset(plain, target), work / "fp32.onnx")
+    return of_graph(work / "fp32.onnx", named, target, precision, path)
+
+
+def of_graph(
+    fp32: Path, batches: Sequence[Arrays], target: Target, precision: Precision, path: Path
+) -> tuple[dict[str, Json], Parity]:
+    """One form of a plain float32 graph, written to `path`, with its account and its parity with it."""
+    inputs, _ = signature(onnx.load(fp32))
+    feeds = [one for batch in batches for one in split(batch, inputs)]
+    account = quantized(onnx.load(fp32), precision, target, iter(feeds), path)
+    return account, export.parity(outputs(fp32, feeds[:1]), outputs(path, feeds[:1]))
+
+
+def checked(
+    fp32: Path, batches: Sequence[Arrays], target: Target, path: Path, account: dict[str, Json]
+) -> tuple[dict[str, Json], Parity]:
+    """The int8 graph of a module in `path`, made right for sums in 16 bits where the target has them, and its parity.
+
+    Args:
+        batches: samples as stored, as the graphs take them.
+    """
+    inputs, _ = signature(onnx.load(fp32))
+    feeds = list(split(batches[0], inputs))
+    if target.quantization.sums_16_bit:
+        account |= saturation.relieve(path, {key: np.concatenate([f[key] for f in feeds]) for key in feeds[0]})
+    return account, export.parity(outputs(fp32, feeds), outputs(path, feeds))
+
+
+def _named(batch: Arrays, inputs: Sequence[TensorSpec], where: str) -> dict[str, np.ndarray]:
+    names = [spec.name for spec in inputs]
+    if len(names) == len(batch) == 1:
+        return {names[0]: next(iter(batch.values()))}
+    if sorted(names) != sorted(batch):
+        raise ModelError(f"it takes {', '.join(names)}, a batch has {', '.join(batch)}", where=where)
+    return dict(batch)
 
 
 def _halved(model: onnx.ModelProto, path: Path) -> dict[str, Json]:
@@ -254,7 +302,7 @@ def _told(form: Form) -> list[str]:
         told.append(f"{form.id} has less range of weights where CPUs without VNNI would clip sums: {layers}")
     if account.get("float"):
         counted = Counter(account["float"].values())
-        told.append(f"{form.id} keeps in float: " + ", ".join(f"{n} ({why})" for why, n in sorted(counted.items())))
+        told.append(f"{form.id} keeps in float: " + ", ".join(f"{n} × ({why})" for why, n in sorted(counted.items())))
     return told
 
 
@@ -264,6 +312,9 @@ def _report(
 ) -> Report:  # fmt: skip
     judged = [replace(row, verdict=report.judge(row, rows[0], user.budget, task.metric)) for row in rows]
     chosen = report.choose(judged, user.budget, comparisons)
+    words = ["quantize", user.model.name, "--data", user.data.name]
+    for option, values in (("--mean", user.mean), ("--std", user.std)):
+        words += [] if values is None else [option, ",".join(f"{value:g}" for value in values)]
     asked = json.dumps(
         {"edgekd": edgekd.__version__, "model": sha256_of(user.model), "mean": user.mean, "std": user.std,
          "precisions": user.precisions, "budget": asdict(user.budget), "seed": user.seed}, sort_keys=True,
@@ -273,4 +324,5 @@ def _report(
         chosen={name: chosen.get(name) for name in targets}, budget=user.budget,
         environment=conditions.environment(), recipe_sha256=hashlib.sha256(asked.encode()).hexdigest(),
         timings_s={}, notes=tuple(dict.fromkeys(notes)), comparisons=tuple(comparisons), metric=task.metric,
+        command=" ".join(words),
     )  # fmt: skip

@@ -65,6 +65,15 @@ def signature(model: onnx.ModelProto) -> tuple[tuple[TensorSpec, ...], tuple[Ten
     return inputs, tuple(spec(value) for value in model.graph.output)
 
 
+def split(batch: Arrays, inputs: Sequence[TensorSpec]) -> Iterator[Arrays]:
+    """The batch as the graph takes it: whole, or sample by sample where its batch is fixed to one."""
+    if not any(isinstance(spec.shape[0], int) for spec in inputs):
+        yield batch
+        return
+    for at in range(len(next(iter(batch.values())))):
+        yield {name: array[at : at + 1] for name, array in batch.items()}
+
+
 def layout(spec: TensorSpec) -> str:
     """Where an image's channels are: last, "NHWC", unless the first dimension may be their number too."""
     return "NHWC" if spec.shape[3] in (1, 3) and spec.shape[1] not in (1, 3) else "NCHW"
