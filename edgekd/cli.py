@@ -228,7 +228,7 @@ def prune(
     from edgekd.goals import goals_of
     from edgekd.store import make_folder
 
-    read = recipes.overridden(_recipe(recipe), seed=seed, max_drop=None, max_latency=None, max_size=None)
+    read = recipes.overridden(_recipe(recipe), seed=seed)
     read = recipes.pruned(read, goals_of(macs, parameters, size, latency))
     wanted = [target_files.load(name) for name in (targets or ("host",))]
     folder = make_folder(out or Path("runs") / read.name)
@@ -243,6 +243,44 @@ def prune(
     if here().first and as_json:
         click.echo(json.dumps(found, indent=1))
     return DONE
+
+
+@cli.command()
+@click.argument("source", required=False, type=click.Path(path_type=Path), metavar="[RECIPE | MODEL.onnx]")
+@_targets
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Of an .onnx file: samples (folder or zip of images, .npz)."
+)
+@click.option("--mean", metavar="NUMBERS", help="Of an .onnx file that takes float images: 0.485,0.456,0.406.")
+@click.option("--std", metavar="NUMBERS", help="The same: 0.229,0.224,0.225, of values in [0, 1].")
+@click.option("--precision", "precisions", multiple=True, help="What to make; left out: what the target allows.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the results; left out: runs/<name>.")
+@_store
+@_seed
+@_budget
+@_threads
+@_quick
+@_json
+@_verbose
+def quantize(
+    source: Path | None, targets: tuple[str, ...], data: Path | None, mean: str | None, std: str | None,
+    precisions: tuple[str, ...], out: Path | None, store: Path, seed: int | None, threads: int, quick: bool,
+    as_json: bool, verbose: bool, **limits: str | None,
+) -> int:  # fmt: skip
+    """Quantize a trained model as it is, without a student: the [teacher] of RECIPE, or MODEL.onnx with --data.
+
+    What is made is checked, measured beside the float model and reported; quantize.json says how it was made.
+    """
+    from edgekd import target as target_files
+    from edgekd.alone import asked, quantize_alone
+    from edgekd.store import make_folder
+
+    order = asked(source, data=data, mean=mean, std=std, precisions=precisions, seed=seed, **limits)
+    found = [target_files.load(name) for name in dict.fromkeys(targets or ("host",))]
+    folder = make_folder(out or Path("runs") / order.name)
+    with _told_in(folder / "log.jsonl", verbose) as say:
+        report = quantize_alone(order, found, folder, store=store, threads=threads, quick=quick, say=say)
+    return _told(report, folder, as_json)
 
 
 @cli.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,12 +15,15 @@ import torch
 
 from edgekd import export, plugins, quantize
 from edgekd.backends.onnxruntime import fused
+from edgekd.bench import conditions
 from edgekd.clock import Deadline
 from edgekd.data.preprocessed import normalise
 from edgekd.errors import ModelError, ParityError
 from edgekd.graph import edit
 from edgekd.models.network import Network
-from edgekd.quantize import lint
+from edgekd.quantize import lint, saturation, worth
+from edgekd.quantize.dynamic import quantize_dynamic
+from edgekd.quantize.weights import weights_to_int8
 from edgekd.store import Store
 from edgekd.types import Arrays, Artifact, Backend, Dataset, Json, Parity, Part, Precision, Say, Session, Stage, Target
 
@@ -123,6 +127,9 @@ def deploy(shop: Workshop, target: Target, teacher: Source, student: Source) -> 
             if precision == "int8":
                 plain_int8 = _quantized(shop, target, student_fp32, student)
                 graphs.append(_halved(shop, plain_int8, student_fp32, student) if _typed(target) else plain_int8)
+            if precision in ("w8", "dynamic"):
+                made = _form(shop, student_fp32, precision, student, plain_int8, notes)
+                graphs += [] if made is None else [made]
         except (ModelError, ParityError) as problem:
             notes.append(f"there is no student-{precision}: {problem}")
     graphs = _sound(target, graphs, notes)
@@ -130,6 +137,8 @@ def deploy(shop: Workshop, target: Target, teacher: Source, student: Source) -> 
     if backend.engine and unavailable is None:
         graphs += [_engine(shop, backend, backend.engine(), graph) for graph in graphs]
     notes += [note for graph in graphs for note in graph.notes]
+    slow = conditions.without_vnni() if target.quantization.sums_16_bit else None
+    notes += [slow] if slow else []
     return Deployment(target, backend, tuple(graphs), legacy, unavailable, tuple(dict.fromkeys(notes)))
 
 
@@ -157,7 +166,7 @@ def _sound(target: Target, graphs: list[Graph], notes: list[str]) -> list[Graph]
             notes.append(f"{graph.id} is left out: {target.backend.name} would refuse it")
         else:
             kept.append(graph)
-        if graph.precision == "int8" and target.backend.name == "onnxruntime":
+        if graph.precision in ("int8", "dynamic") and target.backend.name == "onnxruntime":
             floats = fused(graph.file)["float"]
             if floats:
                 told = ", ".join(f"{count} {name}" for name, count in floats.items())
@@ -245,6 +254,8 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) ->
             opset=target.opset, preprocessing=shop.preprocessing, path=path, say=shop.say,
         )  # fmt: skip
         _, given = samples(shop, source.network, PARITY_SAMPLES)
+        if target.quantization.sums_16_bit:
+            meta |= saturation.relieve(path, given)
         # Not refused here however large: whether int8 is good enough is what its accuracy on the test split says.
         return meta | _parity(_run(before.file, given), _run(path, given), "student-int8")
 
@@ -254,6 +265,28 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) ->
     }  # fmt: skip
     made = shop.store.step("int8", quantize.VERSION, options, [source.weights], build)
     return _graph("student-int8", "quantized", "int8", made)
+
+
+def _form(
+    shop: Workshop, before: Graph, precision: Precision, source: Source, static: Graph | None, notes: list[str]
+) -> Graph | None:
+    """Weight-only or dynamic int8 of the float graph; None, with a note, where it is not worth it and was not asked."""
+    left: Any = static.artifact.meta.get("float", {}) if static is not None else {}
+    why = None if shop.precisions is not None else worth.why_not(precision, onnx.load(before.file), left)
+    if why is not None:
+        notes.append(f"there is no student-{precision}: {why}")
+        return None
+    rewrite = weights_to_int8 if precision == "w8" else quantize_dynamic
+
+    def build(work: Path) -> Mapping[str, Json]:
+        model, done, kept = rewrite(onnx.load(before.file))
+        edit.save(model, work / MODEL)
+        _, given = samples(shop, source.network, PARITY_SAMPLES)
+        meta: dict[str, Json] = {"quantized": list(done), "float": dict(kept)}
+        return meta | _parity(_run(before.file, given), _run(work / MODEL, given), f"student-{precision}")
+
+    made = shop.store.step(precision, worth.VERSION, {}, [before.artifact], build)
+    return _graph(f"student-{precision}", "quantized", precision, made)
 
 
 def _lowered(shop: Workshop, opset: int, graph: Graph, source: Source) -> Path:
@@ -305,7 +338,14 @@ def _graph(name: str, stage: Stage, precision: Precision, made: Artifact) -> Gra
         notes.append(f"{name} is quantized by ONNX Runtime, because the PyTorch quantizer refused: {meta['fallback']}")
     if meta.get("static_batch"):
         notes.append(f"{name} takes one sample at a time: {meta['static_batch']}")
-    if precision == "int8" and meta.get("float"):
+    if meta.get("relieved"):
+        told = ", ".join(f"{layer} ({steps:g} steps)" for layer, steps in meta["relieved"].items())
+        notes.append(f"{name} has less range of weights where CPUs without VNNI would clip sums: {told}")
+    if meta.get("float") and precision != "int8":
+        counted = Counter(meta["float"].values())
+        kept = ", ".join(f"{count} × ({why})" for why, count in sorted(counted.items()))
+        notes.append(f"{name} keeps in float: {kept}")
+    elif meta.get("float"):
         kept = ", ".join(f"{layer} ({why})" for layer, why in sorted(meta["float"].items()))
         notes.append(f"{name} keeps in float: {kept}")
     file = made.path / MODEL

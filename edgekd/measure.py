@@ -94,7 +94,8 @@ def weights_rows(sources: Mapping[Stage, Source], shop: Workshop, task: Task) ->
     teacher = _outputs(sources["teacher"].network, test, task)
     examiner = Examiner(test, truth, task, _scores(task, teacher, truth), task.decisions(teacher), shop.say)
     rows = [
-        weights_row(examiner, stage, source, stage, teacher if stage == "teacher" else None)
+        # the same network may be both: then it is run once
+        weights_row(examiner, stage, source, stage, teacher if source is sources["teacher"] else None)
         for stage, source in sources.items()
     ]
     return examiner, rows

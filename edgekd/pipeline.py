@@ -23,6 +23,7 @@ from edgekd.deploy import Deployment, Source, Workshop, deploy, row_id, samples
 from edgekd.outcome import Search
 from edgekd.processes import here
 from edgekd.recipe import Recipe, TaskSpec
+from edgekd.report.account import account_of
 from edgekd.rounds import Outcome
 from edgekd.store import Store, copy, write_text
 from edgekd.training import School
@@ -136,6 +137,25 @@ def compress(
     return here().once(lambda: _compressed(run, trained, targets, out, threads=threads, quick=quick))
 
 
+def quantize(
+    recipe: Recipe, targets: Sequence[Target], out: Path, *, store: Path, threads: int, quick: bool, say: Say
+) -> Report:
+    """Quantize the model of [teacher] for each target, without a student, and leave what `compress` leaves in `out`.
+
+    In the report it is the teacher as it is in float, and the student in every form that can be deployed; beside it
+    quantize.json says how each form was made.
+
+    Raises:
+        EdgekdError: the user's data, model, recipe or disk stands in the way; `out` holds no half-written file.
+    """
+    recipe.task  # noqa: B018  # one task at a time can be deployed
+    run = begin(recipe, targets[0].opset, store, quick, say)
+    run.note("no student was distilled: here it is the model of [teacher] itself, in the forms that can be deployed")
+    taught_by = teachers(run)
+    trained = Trained(taught_by, taught_by[0][0])
+    return here().once(lambda: _compressed(run, trained, targets, out, threads=threads, quick=quick, alone=True))
+
+
 def distill(
     recipe: Recipe, out: Path, *, store: Path, quick: bool, say: Say, targets: Sequence[Target] = (),
     name: str = "distill.json",
@@ -202,9 +222,9 @@ def distilled_text(found: dict[str, Json], out: Path, name: str = "distill.json"
 
 
 def _compressed(
-    run: Run, trained: Trained, targets: Sequence[Target], out: Path, *, threads: int, quick: bool
+    run: Run, trained: Trained, targets: Sequence[Target], out: Path, *, threads: int, quick: bool, alone: bool = False
 ) -> Report:
-    """All that comes after training."""
+    """All that comes after training; `alone`: of one model, with an account of its forms."""
     sources, shop = sources_of(trained), workshop(run)
     with run.timed("accuracy"):
         examiner, rows = measure.weights_rows(sources, shop, run.task)
@@ -220,7 +240,12 @@ def _compressed(
         comparisons += compared
         for text in (*made[-1].notes, *told):
             run.note(f"{target.name}: {text}")
-    return publish(run, [Entrant(run.school, trained, tuple(made))], rows, comparisons, shop, out)
+    command = f"{'quantize' if alone else 'compress'} recipe.toml"
+    told_of = publish(run, [Entrant(run.school, trained, tuple(made))], rows, comparisons, shop, out, command=command)
+    if alone:
+        accounts = {row_id(each.target, graph): graph.artifact.meta for each in made for graph in each.graphs}
+        write_text(out / "quantize.json", json.dumps(account_of(told_of, accounts, "pytorch"), indent=1) + "\n")
+    return told_of
 
 
 def sources_of(trained: Trained) -> dict[Stage, Source]:
@@ -242,7 +267,7 @@ def is_short(run: Run, models: int) -> bool:
 
 def publish(
     run: Run, entrants: Sequence[Entrant], rows: Sequence[Variant], comparisons: Sequence[Comparison], shop: Workshop,
-    out: Path, search: Search | None = None,
+    out: Path, *, search: Search | None = None, command: str = "compress recipe.toml",
 ) -> Report:  # fmt: skip
     """Judge, choose, and leave everything in the run folder.
 
@@ -279,6 +304,7 @@ def publish(
         environment=conditions.environment(), recipe_sha256=hashlib.sha256(kept.encode()).hexdigest(),
         timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons), metric=run.task.metric,
         training=training.told(of, made_of), correspondence=training.matched(of, made_of), search=search,
+        command=command,
         pruning=told_of.trained.pruned.account if told_of.trained.pruned is not None else None,
     ))  # fmt: skip
     for name, file in files.items():

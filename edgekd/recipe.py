@@ -151,14 +151,20 @@ class Recipe:
         return tomli_w.dumps(table)
 
 
-def load(path: Path) -> Recipe:
+def load(path: Path, *, alone: bool = False) -> Recipe:
     """The recipe in a TOML file.
+
+    Args:
+        alone: it may be of one model, [teacher], which then stands for the student too.
 
     Raises:
         RecipeError: the file is missing or not TOML, a key is unknown, missing, or of another type.
         PartError: a loss, model or data part does not exist, or does not take an option.
     """
-    return parse(toml.load(path), source=str(path), folder=path.resolve().parent)
+    table = toml.load(path)
+    if alone and isinstance(table.get("teacher"), Mapping):
+        table = {"student": {k: v for k, v in table["teacher"].items() if k not in ("train", "weight")}} | table
+    return parse(table, source=str(path), folder=path.resolve().parent)
 
 
 def overridden(recipe: Recipe, *, seed: int | None = None, **limits: str | None) -> Recipe:

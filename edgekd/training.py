@@ -112,8 +112,10 @@ def network(school: School, subject: Subject, spec: ModelSpec, trained: Artifact
     return built.eval()
 
 
-def told(school: School, trained: Source) -> Training:
-    """How the student of the one task was trained, for the report."""
+def told(school: School, trained: Source) -> Training | None:
+    """How the student of the one task was trained, for the report; None of a network that is no student."""
+    if trained.weights.step != "student":
+        return None
     meta, chain = _meta(trained), (school.recipe.task.teachers, school.recipe.assistants)
     teachers = meta.get("teachers", ())  # none, where no loss asks what a teacher says
     names = [tuple(each.model.name for each in specs) if teachers else () for specs in chain]

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # a named alias, since pydantic cannot resolve a recursive one without a name
 Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, Json] | None")
 Arrays: TypeAlias = "Mapping[str, np.ndarray]"  # named inputs or outputs, batch first
-Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+# int8: static, calibrated; w8: int8 weights, computed in fp32; dynamic: int8 weights, inputs quantized as they come.
+Precision: TypeAlias = Literal["fp32", "fp16", "int8", "w8", "dynamic"]
 Stage: TypeAlias = Literal["teacher", "student", "pruned", "onnx", "quantized", "engine"]
 Origin: TypeAlias = Literal["device", "host", "estimate"]
 # What the label of a sample is: one class; a 0 or a 1 for each label; a class for each point of a grid; numbers.
@@ -264,6 +265,8 @@ class QuantizationRules:
     quantize_bias: bool  # int32 bias behind a DequantizeLinear
     min_channels: int = 0  # convolutions and linear layers narrower than this stay in float
     lint: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    weight_bits: Literal[7, 8] = 8  # 7: weights in [-64, 64], for kernels that add pairs of products in 16 bits
+    sums_16_bit: bool = False  # some CPUs of the platform have only such kernels (x86 without VNNI)
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,3 +495,4 @@ class Report:
     nearest: Mapping[str, Nearest] = field(default_factory=dict)  # by target, where none is chosen
     pareto: tuple[Front, ...] = ()  # one for each target
     search: Search | None = None
+    command: str = "compress recipe.toml"  # of edgekd, that makes it again; its targets stand apart

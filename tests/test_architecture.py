@@ -27,10 +27,11 @@ LAYERS = [
     {"report", "bundle"},
     {"deploy"},
     {"measure"},
+    {"onnx_file"},
     {"training", "direct"},
     {"rounds"},
     {"pipeline", "doctor", "view", "starter", "progress"},
-    {"search"},
+    {"search", "alone"},
     {"cli"},
     {"__main__"},
 ]

@@ -56,14 +56,14 @@ def _judge(variant: Variant, budget: Budget, metric: str = "accuracy", *, is_tea
 def rejections(variants: Sequence[Variant], budget: Budget, comparisons: Sequence[Comparison] = ()) -> dict[str, str]:
     """Variant id → why it does not earn its place: int8 that was measured no faster than float on the same target.
 
-    Held against each int8 variant: the fastest float variant of the same student, target and runtime, measured under
-    the same conditions, that does not miss the budget itself (one that is too large is no alternative). Where both
-    were timed in the same interleaved rounds the interval of their ratio decides, else whether their intervals are
-    apart.
+    int8 and dynamic int8 must be faster; weight-only int8, which computes in float, must be smaller and not slower.
+    Held against each of them: the fastest float variant of the same student, target and runtime, measured under the
+    same conditions, that does not miss the budget itself (one that is too large is no alternative). Where both were
+    timed in the same interleaved rounds the interval of their ratio decides, else whether their intervals are apart.
     """
     found: dict[str, str] = {}
     for variant in variants:
-        if variant.precision != "int8" or variant.latency_ms is None or variant.target is None:
+        if variant.precision in _FLOAT or variant.latency_ms is None or variant.target is None:
             continue
         rivals = [
             rival
@@ -75,7 +75,8 @@ def rejections(variants: Sequence[Variant], budget: Budget, comparisons: Sequenc
             and _judge(rival, budget).status != "missed"
         ]
         if rivals:
-            reason = _no_gain(variant, min(rivals, key=_p50), comparisons)
+            gain = _no_smaller if variant.precision == "w8" else _no_gain
+            reason = gain(variant, min(rivals, key=_p50), comparisons)
             if reason:
                 found[variant.id] = reason
     return found
@@ -144,11 +145,23 @@ def _no_gain(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]
     if verdict == "faster":
         return None
     told = {"slower": f"{ratio:.2f}{figures.TIMES} slower than", "same": "no faster than"}
+    form = "dynamic int8" if variant.precision == "dynamic" else "int8"
     return (
-        f"int8 must earn its place: at {figures.milliseconds(ours.p50)} {figures.latency_interval(ours)} it is "
+        f"{form} must earn its place: at {figures.milliseconds(ours.p50)} {figures.latency_interval(ours)} it is "
         f"{told.get(verdict, 'not shown to be faster than')} {rival.id} in {rival.precision} at "
         f"{figures.milliseconds(theirs.p50)} {figures.latency_interval(theirs)}"
     )
+
+
+def _no_smaller(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]) -> str | None:
+    verdict, ratio = _against(variant, rival, comparisons)
+    if variant.size_bytes is not None and rival.size_bytes is not None and variant.size_bytes >= rival.size_bytes:
+        why = f"at {figures.size(variant.size_bytes)} it is no smaller than"
+    elif verdict == "slower":
+        why = f"it is {ratio:.2f}{figures.TIMES} slower than"
+    else:
+        return None
+    return f"int8 weights must earn their place: {why} {rival.id} in {rival.precision}"
 
 
 def _against(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]) -> tuple[str, float]:

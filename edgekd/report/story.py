@@ -258,7 +258,7 @@ def _unearned(chosen: Variant, report: Report) -> tuple[str, ...]:
     there = [v for v in report.variants if (v.target, v.candidate) == (chosen.target, chosen.candidate)]
     there = [v for v in there if v.stage != "teacher"]
     rivals = [figures.short_name(v) for v in there if v.precision in ("fp16", "fp32")]
-    if chosen.precision != "int8" or chosen.latency_ms is not None or not rivals:
+    if chosen.precision not in ("int8", "dynamic") or chosen.latency_ms is not None or not rivals:
         return ()
     return (f"int8 has still to earn its place: time it on the device against {' and '.join(rivals)}",)
 

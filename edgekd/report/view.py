@@ -168,7 +168,7 @@ def page(report: Report) -> Page:
         environment=tuple(_flat(report.environment)),
         timings=tuple((name, figures.duration(seconds)) for name, seconds in report.timings_s.items()),
         recipe_sha256=report.recipe_sha256,
-        rerun=f"edgekd compress recipe.toml {targets}{_again(report)}".strip(),
+        rerun=f"edgekd {report.command} {targets}{_again(report)}".strip(),
         search=searched.told(report),
         search_columns=searched.COLUMNS,
     )

@@ -189,7 +189,7 @@ def _concluded(lab: Lab, trials: Trials | None, teacher: list[Variant], axes: Se
             candidates=tuple(_told(lab, done, tried)), epochs=lab.run.recipe.distill.epochs,
             workers=len({each.worker for each in done}),
         )  # fmt: skip
-        return pipeline.publish(lab.run, entrants, rows, comparisons, lab.shop, out, searched)
+        return pipeline.publish(lab.run, entrants, rows, comparisons, lab.shop, out, search=searched)
 
     return here().once(publish)
 
