@@ -270,6 +270,29 @@ def test_a_padding_of_channels_and_shared_weights_are_left_alone() -> None:
     assert set(made.layers) == {"free"}
 
 
+def test_a_part_of_channels_that_could_be_cut_to_nothing_is_left_alone() -> None:
+    """A layer that reads the first channels alone would have none left where just these are cut."""
+
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.part = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 6, 1)
+            self.cached: Tensor | None = None
+            self.head = nn.Linear(14, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).relu()
+            y = self.part(x[:, :4])
+            self.cached = y.mean()  # under autograd no leaf, which cannot be copied
+            logits: Tensor = self.head(torch.cat([x, y.relu()], 1).mean((2, 3)))
+            return logits
+
+    module = built(Sliced)
+    made = pruning.prune(module, (images(),), "parameters", 0.97 * cost.parameters(module), Prune(parameters=0.9))
+    assert reasons(made)["conv"].startswith(FAILS)
+    assert set(made.layers) == {"part"}
+
+
 def test_recurrent_layers_are_left_alone() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:

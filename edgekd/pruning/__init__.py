@@ -91,7 +91,10 @@ def prune(
     Raises:
         ModelError: the network cannot be traced, nothing can be cut, or the goal is out of reach.
     """
-    begun = traceable(module).eval()
+    try:
+        begun = traceable(module).eval()
+    except RuntimeError as problem:  # of tensors that a forward under autograd has left in it
+        raise ModelError(f"it cannot be copied: {problem}", where=type(module).__name__) from problem
     probe = copy.deepcopy(begun).requires_grad_(True)
     before = measured(measure, begun, inputs, timer)
     if before <= goal:

@@ -238,7 +238,7 @@ def _zero(tensor: Tensor, dim: int, positions: Iterable[int]) -> None:
 def _kept(size: int, gone: set[int]) -> list[int]:
     kept = [at for at in range(size) if at not in gone]
     if not kept or any(at >= size for at in gone):
-        raise ModelError(f"of {size} channels {len(gone)} cannot be cut")
+        raise ModelError("more channels were traced to it than it has, or all of them")
     return kept
 
 

@@ -64,6 +64,7 @@ def trace(module: nn.Module, inputs: Inputs, ignore: Collection[str] = ()) -> Tr
         if path not in paths:
             raise RecipeError(f"the network has no module '{path}'", where="prune.ignore", nearest=nearest(path, paths))
     graph = torch_pruning.DependencyGraph()
+    untouched = copy.deepcopy(module)  # a forward under autograd may leave tensors behind that cannot be copied
     try:
         with torch.enable_grad():
             graph.build_dependency(module, inputs, forward_fn=lambda net, given: net(*given), verbose=False)
@@ -74,7 +75,7 @@ def trace(module: nn.Module, inputs: Inputs, ignore: Collection[str] = ()) -> Tr
         ) from problem  # fmt: skip
     reader = _Reader(graph, module, ignore)
     found, refused = dict(reader.groups()), list(reader.refused)
-    for group, reason in _tried(module, inputs, tuple(found)).items():
+    for group, reason in _tried(untouched, inputs, tuple(found)).items():
         refused.append(LeftAlone(_layers(module, group), reason))
         del found[group]
     order = {path: at for at, path in enumerate(paths)}
@@ -284,21 +285,29 @@ def _varied(module: nn.Module) -> nn.Module:
 
 
 def _trial(module: nn.Module, inputs: Inputs, expected: Sequence[Tensor], groups: Sequence[Group]) -> str | None:
-    plan: Plan = {group: [unit for unit in range(group.units) if unit % 2 == 0] for group in groups}
+    """Half of the units kept must mean the same as half of them zero; the first or the last one alone must run."""
+    half: Plan = {group: [unit for unit in range(group.units) if unit % 2 == 0] for group in groups}
+    first: Plan = {group: [0] for group in groups}
+    last: Plan = {group: [group.units - 1] for group in groups}
     try:
-        changed = copy.deepcopy(module)
-        cut(changed, plan)
-        found = run(changed, inputs)
-        wanted = run(masked(module, plan), inputs)
+        found, wanted = run(_cut_to(module, half), inputs), run(masked(module, half), inputs)
+        for before, mine, theirs in zip(expected, found, wanted, strict=True):
+            if mine.shape != before.shape:
+                return OUTPUT
+            if float((mine - theirs).abs().max()) > TOLERANCE * max(float(theirs.abs().max()), 1e-6):
+                return UNLIKE
+        for plan in (first, last):
+            run(_cut_to(module, plan), inputs)
     except Exception as problem:  # whatever the user's forward raises on other shapes
         what = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
         return f"{FAILS}: {what}"
-    for before, mine, theirs in zip(expected, found, wanted, strict=True):
-        if mine.shape != before.shape:
-            return OUTPUT
-        if float((mine - theirs).abs().max()) > TOLERANCE * max(float(theirs.abs().max()), 1e-6):
-            return UNLIKE
     return None
+
+
+def _cut_to(module: nn.Module, plan: Plan) -> nn.Module:
+    changed = copy.deepcopy(module)
+    cut(changed, plan)
+    return changed
 
 
 def run(module: nn.Module, inputs: Inputs) -> list[Tensor]:
