@@ -185,6 +185,7 @@ def test_the_front_is_drawn_and_listed() -> None:
     for text in (page.text, noted):
         assert "10 of 11 candidates asked for were made by 2 processes; Optuna 5.0.0 (TPE) proposed them" in text
         assert "model resnet8: it cannot be built" in text
+        assert text.count(", own rounds") == 6, "three candidates in two precisions are no finalists"
         assert "30 of 30 epochs" in text
 
 
