@@ -378,7 +378,7 @@ def test_a_limit_far_below_every_point_tints_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["realistic", "nothing chosen", "one variant", "several heads", "hostile"])
+@pytest.mark.parametrize("name", ["realistic", "nothing chosen", "one variant", "several heads", "hostile", "search"])
 def test_a_browser_shows_it_on_a_phone_without_errors(name: str, tmp_path: Path) -> None:
     browser = next(
         (path for word in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(word))), None
