@@ -185,6 +185,7 @@ def test_the_front_is_drawn_and_listed() -> None:
     for text in (page.text, noted):
         assert "10 of 11 candidates asked for were made by 2 processes; Optuna 5.0.0 (TPE) proposed them" in text
         assert "model resnet8: it cannot be built" in text
+        assert text.count(", own rounds") == 6, "three candidates in two precisions are no finalists"
         assert "30 of 30 epochs" in text
 
 
@@ -377,7 +378,7 @@ def test_a_limit_far_below_every_point_tints_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["realistic", "nothing chosen", "one variant", "several heads", "hostile"])
+@pytest.mark.parametrize("name", ["realistic", "nothing chosen", "one variant", "several heads", "hostile", "search"])
 def test_a_browser_shows_it_on_a_phone_without_errors(name: str, tmp_path: Path) -> None:
     browser = next(
         (path for word in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(word))), None

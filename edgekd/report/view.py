@@ -330,7 +330,8 @@ def _parity(v: Variant, gaps: _Gaps) -> Cell:
 def _p50(v: Variant, gaps: _Gaps) -> Cell:
     if v.latency_ms is None:
         return gaps.mark(v, "latency_ms", "latency")
-    return Cell(figures.milliseconds(v.latency_ms.p50), figures.latency_interval(v.latency_ms))
+    elsewhere = ", own rounds" if v.latency_ms.rounds is not None else ""
+    return Cell(figures.milliseconds(v.latency_ms.p50), figures.latency_interval(v.latency_ms) + elsewhere)
 
 
 def _tail(v: Variant, gaps: _Gaps) -> Cell:

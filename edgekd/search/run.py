@@ -88,7 +88,7 @@ def search(
 
 def _try_all(lab: Lab, trials: Trials | None, axes: Sequence[str]) -> None:
     """Make candidates until there are as many as asked for, or the time is up."""
-    deadline = lab.run.deadline
+    deadline, in_all = lab.run.deadline, min(lab.plan.candidates, len(lab.space.values))
 
     def may_begin(left: int) -> bool:
         assert trials is not None
@@ -97,7 +97,7 @@ def _try_all(lab: Lab, trials: Trials | None, axes: Sequence[str]) -> None:
         if not seconds:  # a report needs one
             return True
         reserve = TIMING_S * len(lab.targets)
-        return deadline.fits(f"{left} of {lab.plan.candidates} candidates", max(seconds) + reserve)
+        return deadline.fits(f"{left} of {in_all} candidates", max(seconds) + reserve)
 
     def may_wait() -> bool:
         return deadline.fits("waiting for candidates that other processes have under way", 0.0)
