@@ -42,12 +42,14 @@ from edgekd.store import sha256_of
 from edgekd.types import Arrays, Backend, Interval, Session, Split
 
 from ledger import DATA, RESULTS, STORE, Ledger  # isort: skip  # a script beside this one
-from trained import TRAINEES, Cifar, path, trained  # isort: skip
+from trained import TEACHER, TRAINEES, Cifar, path, trained  # isort: skip
+from vit import say  # isort: skip
 
 HERE = Path(__file__).resolve().parent
 PEERS = HERE / "ptq_peers"
 ENVIRONMENTS = {"ort": "onnx", "nncf": "onnx", "litert": "litert"}  # tool → requirements-NAME.txt
 TOOLS = ("edgekd", *ENVIRONMENTS)
+MODELS = [*TRAINEES, TEACHER]
 TARGET, BATCH = "host", 250
 Found = dict[str, dict[str, Any]]  # variant → what a tool tells of it
 
@@ -56,7 +58,7 @@ def main() -> None:
     """Quantize what is not there yet, time it, or print the tables."""
     parser = argparse.ArgumentParser(description="Post-training quantization against peers")
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--models", nargs="+", default=list(TRAINEES), choices=list(TRAINEES), metavar="MODEL")
+    parser.add_argument("--models", nargs="+", default=list(TRAINEES), choices=MODELS, metavar="MODEL")
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=list(TOOLS), metavar="TOOL")
     parser.add_argument("--latency", action="store_true", help="time the files again, whether or not they were timed")
     parser.add_argument("--quick", action="store_true", help="time for a short while only")
@@ -92,12 +94,18 @@ class Bench:
     @cached_property
     def weights(self) -> str:
         """What the network is known by."""
-        return sha256_of(path(self.store, self.name))
+        return sha256_of(path(self.cifar, self.name, self.store))
 
     @cached_property
     def network(self) -> Network:
         """Trained, in eval mode."""
         return trained(self.cifar, self.name, self.store)
+
+    @property
+    def sample(self) -> Arrays:
+        """One image, as its ONNX files take it."""
+        image = np.load(self.store / "ptq" / "test.npy", mmap_mode="r")[:1].copy()
+        return {self.cifar.data.inputs[0].name: image}
 
     def settings(self, tool: str) -> dict[str, Any]:
         """What a result hangs on."""
@@ -141,13 +149,13 @@ class Bench:
         """edgekd, through the door that the pipeline uses, with a recipe's defaults."""
         rules, said = targets.load(TARGET), list[str]()
 
-        def say(event: str, /, **fields: Any) -> None:
+        def note(event: str, /, **fields: Any) -> None:
             said.append(" ".join([event, *(str(each) for each in fields.values())]))
 
         begun = time.time()
         meta = quantize.quantize(
             self.network, Calibration(self.cifar.data), rules.quantization,
-            opset=rules.opset, preprocessing=False, path=out / "auto.onnx", say=say,
+            opset=rules.opset, preprocessing=False, path=out / "auto.onnx", say=note,
         )  # fmt: skip
         told = {name: meta[name] for name in meta if name not in ("quantized", "nodes")}
         seconds = round(time.time() - begun, 1)
@@ -213,26 +221,28 @@ class Bench:
         settings = {"model": self.name, "files": {name: sha256_of(file) for name, file in found.items()}}
         if times.find(settings) is not None and not again:
             return
-        image = np.load(self.store / "ptq" / "test.npy", mmap_mode="r")[:1].copy()
-        timed = timings(found, {self.cifar.data.inputs[0].name: image}, quick=quick)
+        timed = timings(found, self.sample, quick=quick)
         times.add(settings, **timed, quick=quick)
 
 
-def timings(files: Mapping[str, Path], sample: Arrays, *, quick: bool, ours: str = "edgekd auto") -> dict[str, Any]:
-    """Milliseconds of each file on ONNX Runtime with one thread, and how ours compares with each other one."""
+def times_of(files: Mapping[str, Path], sample: Arrays, *, quick: bool) -> latency.Timing:
+    """Nanoseconds of every file on ONNX Runtime with one thread, in interleaved rounds."""
     backend: Backend = plugins.build("backends", targets.load(TARGET).backend)
     sessions: dict[str, Session] = {name: backend.load(file, 1) for name, file in files.items()}
-    notes: list[str] = []
-    timing = latency.measure(
-        sessions, sample, threads=1, quick=quick, say=lambda event, /, **fields: notes.append(f"{event}: {fields}")
-    )
-    compared = compare.pairs(timing.series_ns, [(ours, other) for other in files if other != ours])
+    timing = latency.measure(sessions, sample, threads=1, quick=quick, say=say)
     for session in sessions.values():
         session.close()
+    return timing
+
+
+def timings(files: Mapping[str, Path], sample: Arrays, *, quick: bool, ours: str = "edgekd auto") -> dict[str, Any]:
+    """Milliseconds of each file, and how ours compares with each other one."""
+    timing = times_of(files, sample, quick=quick)
+    compared = compare.pairs(timing.series_ns, [(ours, other) for other in files if other != ours])
     return {
         "p50_ms": {name: float(np.median(series)) / 1e6 for name, series in timing.series_ns.items()},
         "ours_over": {each.baseline: asdict(each.ratio) | {"verdict": each.verdict} for each in compared},
-        "rounds": len(next(iter(timing.series_ns.values()))), "notes": notes,
+        "rounds": len(next(iter(timing.series_ns.values()))), "notes": list(timing.notes),
     }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ from text import told  # isort: skip
 from vit import Stem, say  # isort: skip
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TEACHER = "resnet56-cifar10.safetensors"
+TEACHER, TEACHER_FILE = "resnet56", "resnet56-cifar10.safetensors"
 AUGMENT = Augment(crop_pixels=4, flip=True)  # as quality.py has it: the teacher's answers are shared
 OPTIONS = TrainOptions(batch_size=128, compile="off", views=6, cache_gb=CACHE_GB, threads=1)
 LOSSES: list[dict[str, Any]] = [{"name": "kd", "weight": 0.9, "temperature": 4.0}, {"name": "ce", "weight": 0.1}]
@@ -134,8 +134,8 @@ class Cifar:
     @cached_property
     def teacher(self) -> Network:
         """ResNet-56."""
-        path = str(self.folder / "teachers" / TEACHER)
-        return models.build(ModelSpec("resnet56", weights=path, mean=MEAN, std=STD), **self._form).eval()
+        path = str(self.folder / "teachers" / TEACHER_FILE)
+        return models.build(ModelSpec(TEACHER, weights=path, mean=MEAN, std=STD), **self._form).eval()
 
     @property
     def _form(self) -> dict[str, Any]:
@@ -155,26 +155,36 @@ class Cifar:
         return network.eval()
 
 
-def path(store: Path, name: str) -> Path:
-    """Where the weights of a trainee are."""
-    return store / "trained" / f"{name}.safetensors"
-
-
-def trained(cifar: Cifar, name: str, store: Path) -> Network:
-    """A trained network, ready to use.
+def path(cifar: Cifar, name: str, store: Path) -> Path:
+    """Where the weights of a trained network, or of the teacher, are.
 
     Raises:
         SystemExit: it was not trained yet.
     """
-    file = path(store, name)
+    file = cifar.folder / "teachers" / TEACHER_FILE if name == TEACHER else place(store, name)
     if not file.exists():
         sys.exit(f"{name} is not trained yet: run `python benchmarks/trained.py --models {name}` first")
-    return cifar.network(name, file)
+    return file
+
+
+def trained(cifar: Cifar, name: str, store: Path) -> Network:
+    """A trained network, or the teacher, ready to use.
+
+    Raises:
+        SystemExit: it was not trained yet.
+    """
+    file = path(cifar, name, store)
+    return cifar.teacher if name == TEACHER else cifar.network(name, file)
+
+
+def place(store: Path, name: str) -> Path:
+    """Where the weights of a trainee go."""
+    return store / "trained" / f"{name}.safetensors"
 
 
 def train(cifar: Cifar, name: str, ledger: Ledger, store: Path) -> None:
     """Train and judge one network, unless the same is there."""
-    trainee, file = TRAINEES[name], path(store, name)
+    trainee, file = TRAINEES[name], place(store, name)
     settings = {
         "model": name, "losses": LOSSES, "options": told(trainee.options), "augment": asdict(AUGMENT), "seed": 0,
         "data": cifar.data.fingerprint,
