@@ -1,6 +1,6 @@
 """CIFAR-10 end to end against peers: the best variant of ResNet-56 that loses a point at most, and the peers' int8.
 
-    python benchmarks/end_to_end.py [--student resnet20] [--width 14] [--epochs 60] [--pruned-macs 0.25]
+    python benchmarks/end_to_end.py [--student shallow:shallow] [--width 32] [--epochs 60] [--pruned-macs 0.25]
     python benchmarks/end_to_end.py --table
 
 edgekd may do all that it can: `edgekd compress` distils a student (or prunes the teacher, `--pruned-macs`), quantizes
@@ -31,8 +31,8 @@ import numpy as np
 from edgekd import quantize
 from edgekd.bench import accuracy, compare
 
-from ledger import CACHE_GB, DATA, RESULTS, STORE, Ledger, key  # isort: skip  # a script beside this one
-from ptq import Bench, files, outputs, times_of  # isort: skip
+from ledger import CACHE_GB, DATA, HERE, RESULTS, STORE, Ledger, key  # isort: skip  # a script beside this one
+from ptq import Bench, busy, files, outputs, times_of  # isort: skip
 from trained import MEAN, STD, TEACHER, TEACHER_FILE, Cifar  # isort: skip
 
 PEERS = ("ort", "nncf")
@@ -87,8 +87,8 @@ def main() -> None:
     """Run what is not there yet, or print the table."""
     parser = argparse.ArgumentParser(description="CIFAR-10 end to end against peers")
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--student", default="resnet20")
-    parser.add_argument("--width", type=int, default=14, help="channels of its first stage")
+    parser.add_argument("--student", default="shallow:shallow", help="a model as a recipe names it; shallow.py is one")
+    parser.add_argument("--width", type=int, default=32, help="channels of its first stage")
     parser.add_argument("--pruned-macs", type=float, help="prune the teacher to this part of its MACs instead")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--views", type=int, default=6)
@@ -132,7 +132,7 @@ def run(asked: argparse.Namespace, ledger: Ledger) -> None:
     timing = times_of(found, bench.sample, quick=asked.quick)
     told = summary(judged, timing.series_ns, asked.max_drop)
     ledger.add(
-        settings, **told, notes=[*report["notes"], *timing.notes], timings_s=report["timings_s"],
+        settings, **told, load=busy(), notes=[*report["notes"], *timing.notes], timings_s=report["timings_s"],
         wall_s=round(time.time() - begun, 1),
     )  # fmt: skip
 
@@ -160,7 +160,10 @@ def compressed(asked: argparse.Namespace, out: Path) -> dict[str, Any]:
     recipe.write_text(text.replace("compile =", f"threads = {asked.threads}\ncompile ="), encoding="utf-8")
     command = [sys.executable, "-c", "from edgekd.cli import main; main()", "compress", str(recipe), "--target", "host"]
     command += ["--store", str(asked.store), "-o", str(out / "run"), "--json", *(["--quick"] if asked.quick else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ, check=False)
+    variables = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    }  # shallow.py
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=variables, check=False)
     if done.returncode not in (0, 3):  # 3: no variant keeps the budget, which is a result
         sys.exit(done.returncode)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -219,7 +222,7 @@ def summary(
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line a variant, then what came of the goals, for each student."""
-    lines = []
+    lines = list[str]()
     for row in rows:
         lines += [f"{row['settings']['student']!r}, {row['settings']['epochs']} epochs", ""]
         lines += ["| variant | accuracy | drop, points | KB | ms | times slower than the best |", "|---" * 6 + "|"]

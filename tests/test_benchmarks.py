@@ -141,7 +141,7 @@ def test_ptq_table(tmp_path: Path) -> None:
     ]
     ratio = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 40, "verdict": "faster"}
     times = {
-        "settings": {"model": "net"},
+        "settings": {"model": "net"}, "load": 3.5,
         "p50_ms": {"fp32": 2.0, "edgekd auto": 0.8, "ort minmax": 1.0, "ort entropy": 3.0},
         "ours_over": dict.fromkeys(("fp32", "ort minmax", "ort entropy"), ratio),
     }  # fmt: skip
@@ -150,4 +150,20 @@ def test_ptq_table(tmp_path: Path) -> None:
     _, printed = run("ptq.py", tmp_path, "--table", "--latencies", str(tmp_path / "latencies.jsonl"))
     assert "| net | ort linear | failed: no such operator |" in printed
     # The best peer loses least; the fastest one need not be the same.
-    assert "| net | 80.00 | +0.50 | +1.00 | ort entropy | 0.80, faster | ort minmax | 0.80, faster |" in printed
+    assert "| net | 80.00 | +0.50 | +1.00 | ort entropy | 0.80, faster | ort minmax | 0.80, faster | 3.5 |" in printed
+
+
+def test_end_to_end_table(tmp_path: Path) -> None:
+    def variant(drop: float, ms: float) -> dict[str, Any]:
+        return {"accuracy": {"value": 0.9 - drop}, "drop": {"value": drop}, "size_bytes": 1000, "p50_ms": ms}
+
+    ratio = {"value": 9.0, "low": 8.5, "high": 9.5, "n": 40}
+    row = {
+        "settings": {"student": "net", "epochs": 1}, "times_faster": {"teacher": ratio},
+        "variants": {"teacher": variant(0.0, 9.0), "edgekd int8": variant(0.008, 1.0)},
+        "best": "edgekd int8", "best_peer": "ort minmax", "goals": {"drop": True, "over_teacher": True},
+    }  # fmt: skip
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    _, printed = run("end_to_end.py", tmp_path, "--table")
+    assert "| teacher | 90.00 | +0.00 | 1 | 9.000 | 9.00 (8.50 … 9.50) |" in printed
+    assert "drop: reached, over_teacher: reached" in printed
