@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
-import torch
 from torch import Tensor
 
 from edgekd.errors import DataError, EdgekdError, ModelError
 from edgekd.graph.edit import cast_first, save, strip
 from edgekd.graph.opset import lower
-from edgekd.graph.program import Program, capture, graph_inputs, quiet, reason, recapture, to_onnx
+from edgekd.graph.program import Program, capture, graph_inputs, reason, recapture, to_onnx
 from edgekd.quantize.fallback import quantize_onnx
 from edgekd.quantize.qdq import finish
-from edgekd.quantize.quantizer import RulesQuantizer
+from edgekd.quantize.ranges import set_activations, set_weights
+from edgekd.quantize.simulation import Simulation
 from edgekd.types import Arrays, Json, QuantizationRules, Say
 
 if TYPE_CHECKING:
@@ -90,24 +90,17 @@ def _pt2e(
     opset: int,
     preprocessing: bool,
 ) -> tuple[onnx.ModelProto, dict[str, Json]]:
-    with quiet():
-        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
-        quantizer = RulesQuantizer(rules)
-        prepared = prepare_pt2e(program.exported.module(), quantizer)
-    samples = 0
-    with torch.no_grad():
-        for batch in _batches(network, calibration, preprocessing, one_by_one=program.why_static is not None):
-            samples += len(batch[0])
-            prepared(*batch)
-    with quiet(), torch.no_grad():
-        converted = convert_pt2e(prepared)
-    model = finish(to_onnx(recapture(converted, program), opset), rules)
-    left: dict[str, Json] = dict(quantizer.left)
+    simulation = Simulation(program, rules)
+    static = program.why_static is not None
+    samples = simulation.observe(_batches(network, calibration, preprocessing, one_by_one=static))
+    set_activations(simulation, "minmax")
+    set_weights(simulation, "minmax")
+    model = finish(to_onnx(recapture(simulation.convert(), program), opset), rules)
+    left: dict[str, Json] = dict(simulation.left)
     meta: dict[str, Json] = {
         "quantizer": "pt2e",
         "fallback": None,
-        "quantized": list(quantizer.quantized),
+        "quantized": list(simulation.quantized),
         "float": left,
         "samples": samples,
     }
