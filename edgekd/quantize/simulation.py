@@ -100,9 +100,7 @@ class Simulation:
         for layer in self.layers:
             for path in (layer.weight, self.bias_path(layer)):
                 if path is not None:
-                    value = _get(self.graph, path)
-                    kept = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-                    self._floats[path] = kept.requires_grad_(False)
+                    self._floats[path] = nn.Parameter(_get(self.graph, path).detach(), requires_grad=False)
         self._adjusted: dict[str, nn.Parameter] = {}
         for path, parameter in self._floats.items():
             _set(self.graph, path, parameter)
