@@ -431,6 +431,38 @@ class Training:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """What one layer costs where it alone is in integers, on held-out calibration samples."""
+
+    layer: str  # path in the model; of a block, the module around its layers; of a value, the module that makes it
+    kind: Literal["layer", "block", "value"]  # block: neighbours measured as one; value: between layers, no weight
+    sqnr_db: float | None  # of the outputs: 10 · log10(mean square / mean square of the error); None: no error
+    divergence: float  # mean KL(float ‖ quantized) in nats; of a task of values: squared error / variance
+    changed: float | None  # part of the decisions that are others; None: the task decides nothing
+    expected_drop: float  # of the metric, were the float network's own probabilities true
+    drop: Interval | None  # of the metric, on labels; None: there are none
+    rest: float | None  # expected drop with all but this layer in integers; None: not measured
+    macs: float  # part of the multiply-accumulates of all layers
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """Which layers of an int8 variant cost accuracy, and which of them stay in float for it."""
+
+    target: str
+    variant: str  # id of the variant with every layer in integers
+    samples: int  # held out, that each layer was measured on
+    layers: tuple[LayerSensitivity, ...]  # from the input to the output
+    float_layers: tuple[str, ...] = ()  # that mixed precision keeps in float
+    mixed: str | None = None  # id of the variant with them in float; None: there is none
+    whole: float | None = None  # expected drop of `variant`
+    remaining: float | None = None  # expected drop of `mixed`
+    max_drop: float | None = None  # that both were held against
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """The whole outcome of a run: report.json, and all that report.md and report.html show."""
 
@@ -448,3 +480,4 @@ class Report:
     metric: str = "accuracy"  # what `accuracy` and `drop` of the variants are
     training: Training | None = None  # of the student
     correspondence: tuple[Matched, ...] = ()  # where losses compare layers: one for each head
+    sensitivity: tuple[Sensitivity, ...] = ()  # one for each target whose int8 was looked into

@@ -18,6 +18,7 @@ from edgekd.errors import DataError, EdgekdError, ModelError, RecipeError, neare
 from edgekd.graph.edit import cast_first, save, strip
 from edgekd.graph.opset import lower
 from edgekd.graph.program import Program, capture, graph_inputs, reason, recapture, to_onnx
+from edgekd.quantize.examination import examine
 from edgekd.quantize.fallback import quantize_onnx
 from edgekd.quantize.ladder import Ladder, told
 from edgekd.quantize.qdq import finish
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VERSION", "quantize", "told", "write"]
 
-VERSION = 2
+VERSION = 3
 MAX_DROP = 0.005  # half a point
 
 
@@ -48,6 +49,8 @@ def quantize(
     max_drop: float = MAX_DROP,
     float_layers: Sequence[str] = (),
     task: Task | None = None,
+    sensitivity: bool = False,
+    mixed: bool = False,
 ) -> dict[str, Json]:
     """Calibrate `network`, quantize it as `rules` say and write the Q/DQ graph to `path`.
 
@@ -65,11 +68,15 @@ def quantize(
         max_drop: part of the task's metric that may be lost against the float network.
         float_layers: paths of layers, or of modules around them, that stay in float.
         task: what the logits are for; None: one class for each sample.
+        sensitivity: measure what each layer costs alone.
+        mixed: where the drop is more than `max_drop`, look for the fewest layers that must stay in float; this graph
+            has them in integers still.
 
     Returns:
         `quantizer` (pt2e or onnxruntime), `fallback` (why not pt2e, or None), `quantized` (layers), `float` (layer →
         why it stays in float), `samples`, `methods` (all that was tried, with figures), `static_batch` (why the batch
-        is fixed, or None), `nodes` (count by type).
+        is fixed, or None), `nodes` (count by type); where it was asked for `sensitivity` (a row for each layer) and
+        `mixed` (sets of layers, see `mixed.Found`; None: there was no need).
 
     Raises:
         DataError: no calibration samples.
@@ -96,6 +103,8 @@ def quantize(
             ladder.apply(method)
         model, meta = write(simulation, opset)
         meta |= {"samples": ladder.samples_used, "methods": ladder.to_json()}
+        if sensitivity:
+            meta |= examine(ladder, mixed=mixed, say=say)
     except (DataError, RecipeError, MemoryError):
         raise
     except Exception as error:  # whatever torch or torchao raise on a graph they do not know
