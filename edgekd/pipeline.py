@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -162,13 +163,14 @@ def _compressed(
     shop = Workshop(
         run.store, run.data, run.recipe.export.preprocessing, chosen.precisions, run.say, chosen, run.task
     )  # fmt: skip
+    timed = partial(measure.fastest, shop=shop, threads=threads, quick=quick)
     with run.timed("accuracy"):
         examiner, rows = measure.weights_rows(sources, shop, run.task)
     made: list[Deployment] = []
     comparisons: list[Comparison] = []
     for target in targets:
         with run.timed(f"deploy {target.name}"):
-            made.append(deploy(shop, target, sources["teacher"], sources["student"]))
+            made.append(deploy(shop, target, sources["teacher"], sources["student"], timed))
         with run.timed(f"bench {target.name}"):
             found, compared, told = measure.target_rows(examiner, made[-1], sources, shop, threads=threads, quick=quick)
         rows += found
@@ -198,6 +200,7 @@ def _publish(
         timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons), metric=run.task.metric,
         training=training.told(run.school, sources["student"]),
         correspondence=training.matched(run.school, sources["student"]),
+        sensitivity=tuple(each.sensitivity for each in made if each.sensitivity is not None),
     )  # fmt: skip
     for name, file in files.items():
         copy(file, out / paths[name])
@@ -218,8 +221,12 @@ def _bundle(
     deployable = {name: graph for name, graph in graphs.items() if graph.file.suffix == ".onnx"}
     drops = {name: row.drop.value for name, row in rows.items() if name in deployable and row.drop is not None}
     first = chosen if chosen in deployable else min(drops, key=lambda name: (drops[name], name))
-    others = [name for name in deployable if name != first and deployable[name].precision in made.target.precisions]
-    kept = [first, *others] if made.backend.engine else [first]  # a board builds either precision and compares them
+    least = sorted(drops, key=lambda name: (drops[name], name))  # of several in one precision, what loses least
+    others = {deployable[name].precision: name for name in reversed(least)}
+    others = {precision: name for precision, name in others.items() if precision in made.target.precisions}
+    others.pop(deployable[first].precision, None)
+    # a board builds either precision and compares them
+    kept = [first, *(name for name in deployable if name in others.values())] if made.backend.engine else [first]
     models = [bundle.Source(deployable[name].file, deployable[name].precision, made.typing) for name in kept]
     models += [bundle.Source(file, precision, "weak") for precision, file in made.legacy.items()]
     _, golden = samples(shop, sources["student"].network, GOLDEN_SAMPLES)

@@ -458,7 +458,6 @@ class Sensitivity:
     mixed: str | None = None  # id of the variant with them in float; None: there is none
     whole: float | None = None  # expected drop of `variant`
     remaining: float | None = None  # expected drop of `mixed`
-    max_drop: float | None = None  # that both were held against
     notes: tuple[str, ...] = ()
 
 

@@ -41,7 +41,7 @@ class Place:
 
 def analyse(
     simulation: Simulation, held_out: Iterable[Labelled], task: Task | None, *, say: Say
-) -> tuple[LayerSensitivity, ...]:
+) -> tuple[tuple[LayerSensitivity, ...], int]:
     """Simulate each layer alone, all else in float, and compare the outputs with those of the float network.
 
     One layer at a time is how a sensitivity analysis is done (Wu, Judd, Zhang, Isaev, Micikevicius: Integer
@@ -55,7 +55,8 @@ def analyse(
     that would leave fewer than 32.
 
     Returns:
-        a row for each layer, or block, and for values between layers that are integers too, from input to output.
+        a row for each layer, or block, and for values between layers that are integers too, from input to output;
+        and on how many samples they were measured.
     """
     begun = time.perf_counter()
     layers = places(simulation)
@@ -67,9 +68,9 @@ def analyse(
         rows = tuple(_rows(simulation, chosen, samples, task))
     finally:
         simulation.restore(before)
-    seconds = round(time.perf_counter() - begun, 2)
-    say("sensitivity", step="quantize", places=len(rows), samples=_count(samples), seconds=seconds)
-    return rows
+    used, seconds = _count(samples), round(time.perf_counter() - begun, 2)
+    say("sensitivity", step="quantize", places=len(rows), samples=used, seconds=seconds)
+    return rows, used
 
 
 def places(simulation: Simulation) -> list[Place]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from edgekd.report import figures, layers, story
+from edgekd.report import figures, layers, sensitivity, story
 from edgekd.report.pictures import Picture, pictures
 from edgekd.report.story import Headline
 from edgekd.types import Json, Matched, Report, Variant
@@ -117,6 +117,8 @@ class Page:
     timings: tuple[tuple[str, str], ...]
     recipe_sha256: str
     rerun: str
+    sensitivity: tuple[sensitivity.Told, ...]
+    sensitivity_columns: tuple[str, ...]
 
 
 @dataclass
@@ -164,6 +166,8 @@ def page(report: Report) -> Page:
         timings=tuple((name, figures.duration(seconds)) for name, seconds in report.timings_s.items()),
         recipe_sha256=report.recipe_sha256,
         rerun=f"edgekd compress recipe.toml {targets}".strip(),
+        sensitivity=tuple(sensitivity.told(found, report.metric) for found in report.sensitivity if found.layers),
+        sensitivity_columns=sensitivity.COLUMNS,
     )
 
 
