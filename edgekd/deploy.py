@@ -132,7 +132,7 @@ def deploy(shop: Workshop, target: Target, teacher: Source, student: Source, tim
     A precision that the student cannot take is left out, and `notes` says why; without fp32 there is nothing to deploy.
 
     Args:
-        timed: tells which of several files is the fastest; left out, fewer multiply-accumulates in float count as faster.
+        timed: tells which of several files is the fastest; None: the one with the fewest multiply-accumulates in float.
 
     Raises:
         ModelError: a network cannot become ONNX.
@@ -288,11 +288,12 @@ def _mixed(
         made.append(Mixed(graph, _halved(shop, graph, before, source) if _typed(target) else graph, layers))
     if not made:
         return None
-    told = "no set of layers in float holds on all samples held out, this one loses least"
+    told = "on all samples held out no set of layers in float is within the limit, and this one loses least"
     holding = [one for one in made if examination.kept(one.graph.artifact.meta)["within"]]
     best = min(made, key=lambda one: float(examination.kept(one.graph.artifact.meta)["expected_drop"]))
     if len(holding) == 1:
-        (best,), told = holding, f"of {len(made)} sets of layers in float that were built, it holds"
+        (best,) = holding
+        told = "it holds on all samples held out" + (f", alone of {len(made)} sets" if len(made) > 1 else "")
     elif holding and timed is not None:
         ready = [one.ready for one in holding]
         files = [_engine(shop, backend, backend.engine(), g) for g in ready] if backend.engine else ready

@@ -441,7 +441,7 @@ class LayerSensitivity:
     changed: float | None  # part of the decisions that are others; None: the task decides nothing
     expected_drop: float  # of the metric, were the float network's own probabilities true
     drop: Interval | None  # of the metric, on labels; None: there are none
-    rest: float | None  # expected drop with all but this layer in integers; None: not measured
+    rest: float | None  # drop with all but this layer in integers; None: not measured
     macs: float  # part of the multiply-accumulates of all layers
     parameters: int
 
@@ -456,8 +456,8 @@ class Sensitivity:
     layers: tuple[LayerSensitivity, ...]  # from the input to the output
     float_layers: tuple[str, ...] = ()  # that mixed precision keeps in float
     mixed: str | None = None  # id of the variant with them in float; None: there is none
-    whole: float | None = None  # expected drop of `variant`
-    remaining: float | None = None  # expected drop of `mixed`
+    whole: float | None = None  # drop of `variant`, measured where that is above zero for certain, else expected
+    remaining: float | None = None  # drop of `mixed`
     notes: tuple[str, ...] = ()
 
 

@@ -89,7 +89,7 @@ def wide(classes):
 
 
 class Spread(nn.Module):
-    """A depthwise convolution: outer taps see only padding and are 1000 times the centre, so no step of int8 is left."""
+    """A depthwise convolution: outer taps see only padding and are 1000 times the centre, so int8 has no step left."""
 
     def __init__(self, classes):
         super().__init__()

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from sample_report import realistic
+from sample_report import realistic, sensitive
 
 from edgekd import report
 from edgekd.errors import DataError, StoreError
@@ -46,6 +46,21 @@ def test_a_report_of_before_layers_were_told_is_read(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(document))
     read = report.load(tmp_path)
     assert (read.training, read.correspondence) == (None, ())
+    jsonschema.validate(document, report.schema())
+
+
+def test_sensitivity_is_in_the_schema_and_reports_of_before_it_are_read(tmp_path: Path) -> None:
+    written = dataclasses.replace(realistic(), sensitivity=(sensitive(5), sensitive(30, mixed=False, labels=False)))
+    report.dump(written, tmp_path / "report.json")
+    assert report.load(tmp_path) == written
+    document = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    jsonschema.validate(document, report.schema())
+    document["sensitivity"][0]["layers"][0]["kind"] = "neuron"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, report.schema())
+    del document["sensitivity"]
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    assert report.load(tmp_path) == realistic()
     jsonschema.validate(document, report.schema())
 
 

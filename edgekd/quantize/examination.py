@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from edgekd.graph.program import reason
 from edgekd.quantize import mixed as mixing
 from edgekd.quantize import sensitivity
 from edgekd.quantize.ladder import Ladder
+from edgekd.quantize.measured import Loss
 from edgekd.types import Interval, Json, LayerSensitivity, Say, Sensitivity
 
 
@@ -66,6 +67,13 @@ def kept(meta: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(attempt for attempt in meta["methods"] if attempt["kept"])
 
 
+def lost(meta: Mapping[str, Any]) -> float:
+    """What the kept attempt loses, see `sensitivity.estimate`."""
+    figures = {name: kept(meta)[name] for name in (field.name for field in fields(Loss))}
+    loss = Loss(**figures)
+    return sensitivity.estimate(loss.expected_drop, sensitivity.interval(loss))
+
+
 def sensitivity_of(
     target: str, variant: str, meta: Mapping[str, Any], mixed: tuple[str, Sequence[str], Mapping[str, Any]] | None
 ) -> Sensitivity | None:
@@ -86,7 +94,7 @@ def sensitivity_of(
         layers=rows,
         float_layers=() if mixed is None else tuple(mixed[1]),
         mixed=None if mixed is None else mixed[0],
-        whole=float(kept(meta)["expected_drop"]),
-        remaining=None if mixed is None else float(kept(mixed[2])["expected_drop"]),
+        whole=lost(meta),
+        remaining=None if mixed is None else lost(mixed[2]),
         notes=tuple((meta.get("mixed") or {}).get("why", ())),
     )

@@ -19,7 +19,7 @@ from edgekd.quantize.bias import correct_biases
 from edgekd.quantize.measured import Loss, compare
 from edgekd.quantize.quantizer import within
 from edgekd.quantize.ranges import set_activations
-from edgekd.quantize.sensitivity import WORK, Labelled, cost, take
+from edgekd.quantize.sensitivity import WORK, Labelled, cost, count_of, estimate, interval, take
 from edgekd.quantize.simulation import Inputs, Simulation
 from edgekd.types import Json, LayerSensitivity, Say, Task
 
@@ -49,7 +49,7 @@ class Found:
     """The sets of layers that would do, none of which has a layer too many, and how they were come to."""
 
     mixes: tuple[Mix, ...]  # fewest layers first, then fewest multiply-accumulates
-    rest: Mapping[str, float]  # layer → expected drop with it alone in float
+    rest: Mapping[str, float]  # layer → drop with it alone in float, as `sensitivity.estimate` gives it
     why: tuple[str, ...]
 
     def to_json(self) -> dict[str, Json]:
@@ -94,7 +94,7 @@ def search(
     found: list[frozenset[str]] = []
     if not trial.holds(()):
         damage, _ = _damage(simulation, rows)
-        rest = {name: trial.loss({name}).expected_drop for name in sorted(damage, key=lambda n: -damage[n])[:SINGLES]}
+        rest = {name: _estimate(trial.loss({name})) for name in sorted(damage, key=lambda n: -damage[n])[:SINGLES]}
         found = [one for units in _orders(simulation, rows, rest) if (one := trial.fewest(units)) is not None]
     _, macs = _damage(simulation, rows)
     mixes = [
@@ -241,16 +241,19 @@ def _damage(simulation: Simulation, rows: Sequence[LayerSensitivity]) -> tuple[d
     return damage, macs
 
 
+def _estimate(loss: Loss) -> float:
+    return estimate(loss.expected_drop, interval(loss))
+
+
 def _layers(units: Iterable[Unit]) -> frozenset[str]:
     return frozenset(name for unit in units for name in unit)
 
 
 def _why(trial: _Trial, rest: Mapping[str, float], mixes: Sequence[Mix]) -> tuple[str, ...]:
-    told = [
-        f"with every layer in int8 the expected drop is {trial.whole.expected_drop:.2%}, and {trial.max_drop:.2%} is "
-        f"allowed; {len(trial.known) - 1} sets of float layers were tried on {sum(len(i[0]) for i, _ in trial.samples)}"
-        " calibration samples held out"
-    ]
+    measured = "" if trial.whole.drop is None else f" (measured {trial.whole.drop:.2%})"
+    drop = f"the expected drop is {trial.whole.expected_drop:.2%}{measured}, and {trial.max_drop:.2%} is allowed"
+    tried = f"{len(trial.known) - 1} sets of float layers were tried on {count_of(trial.samples)} calibration samples"
+    told = [f"with every layer in int8 {drop}; {tried} held out"]
     best = min(rest, key=lambda name: rest[name], default=None)
     if best is not None:
         told.append(f"{best} alone in float leaves {rest[best]:.2%}")

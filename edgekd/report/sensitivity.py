@@ -58,8 +58,8 @@ def told(found: Sensitivity, metric: str) -> Told:
 
 def sentence(found: Sensitivity) -> str:
     """What the figure shows, in words: the worst layer, and what was done about it."""
-    worst = max(found.layers, key=lambda row: (damage(row, found), row.divergence))
-    alone = f"The worst is {_named(worst)}: in int8 it alone costs {_cost(worst.expected_drop)}"
+    worst = _worst(found)[0]
+    alone = f"The worst is {_named(worst)}: in int8 it alone costs {_cost(lost(worst))}"
     whole = "" if found.whole is None else _cost(found.whole)
     if found.mixed is not None and found.remaining is not None:
         count = len(found.float_layers)
@@ -67,16 +67,21 @@ def sentence(found: Sensitivity) -> str:
         return f"{alone}. With {layers} int8 costs {_cost(found.remaining)} instead of {whole}."
     if found.notes:
         return f"{alone}, and int8 as a whole {whole}; no set of layers to leave in float was found."
-    if worst.expected_drop < _VISIBLE:
+    if lost(worst) < _VISIBLE:
         every = f"Every layer computes in int8, together they cost {whole}" if whole else "Every layer computes in int8"
         return f"{every}: no layer alone costs anything to speak of."
     return f"{alone}, and int8 as a whole {whole}." if whole else f"{alone}."
 
 
+def lost(row: LayerSensitivity) -> float:
+    """What it costs alone: the drop counted on labels where that is above zero for certain, else the expected one."""
+    return row.drop.value if row.drop is not None and row.drop.low > 0 else row.expected_drop
+
+
 def damage(row: LayerSensitivity, found: Sensitivity) -> float:
     """The height of its bar: lost points of the metric, or the error of the outputs in percent of their size."""
     if _in_points(found):
-        return row.expected_drop * 100
+        return lost(row) * 100
     return 0.0 if row.sqnr_db is None else 100 * 10 ** (-row.sqnr_db / 20)
 
 
@@ -133,7 +138,9 @@ def _explained(found: Sensitivity, metric: str) -> str:
     text = f"A bar is {what} where that layer alone computes in int8 and all others in float, on {found.samples} "
     text += "calibration samples held out: the taller, the worse."
     if _in_points(found):
-        text += " Points are those expected by the float network's own probabilities, which are finer than counting."
+        labels = any(row.drop is not None for row in found.layers)
+        text += " Points are counted on labels where that tells them from none, and else " if labels else " Points are "
+        text += "those expected by the float network's own probabilities."
     else:
         text += " A network bears several percent, since what it decides hardly changes."
     return text
@@ -208,7 +215,7 @@ def _worst(found: Sensitivity) -> list[LayerSensitivity]:
 
 
 def _in_points(found: Sensitivity) -> bool:
-    return max((row.expected_drop for row in found.layers), default=0.0) >= _VISIBLE
+    return max(map(lost, found.layers), default=0.0) >= _VISIBLE
 
 
 def _in_float(row: LayerSensitivity, found: Sensitivity) -> bool:
@@ -220,7 +227,7 @@ def _in_float(row: LayerSensitivity, found: Sensitivity) -> bool:
 
 def _said(row: LayerSensitivity, found: Sensitivity) -> str:
     if _in_points(found):
-        return _cost(row.expected_drop)
+        return _cost(lost(row))
     return "no error" if row.sqnr_db is None else f"{_figure(damage(row, found))} % of error"
 
 
