@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from edgekd.quantize.bias import mean_error, takes_bias
+from edgekd.quantize.bias import correct, takes_bias
 from edgekd.quantize.quantizer import aten
 from edgekd.quantize.simulation import Inputs, Layer, Simulation
 from edgekd.quantize.walk import Parts, walk
@@ -68,8 +68,7 @@ def learn_rounding(simulation: Simulation, parts: Sequence[Inputs], *, seconds: 
         weight = _round(layer, simulation.weight(layer).detach(), _moments(layer, kernel, given, wanted))
         simulation.adjust(layer, weight=weight)
         if takes_bias(simulation, layer, given[0]):
-            error, bias = mean_error(simulation, layer, given, wanted), simulation.bias(layer)
-            simulation.adjust(layer, bias=-error if bias is None else bias - error)
+            correct(simulation, layer, given, wanted)
         changed.append(layer.name)
 
     walk(simulation, parts, visit)

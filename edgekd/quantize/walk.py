@@ -72,11 +72,11 @@ def walk(simulation: Simulation, parts: Sequence[Inputs], visit: Visit) -> None:
 
 
 def quantized_output(simulation: Simulation, layer: Layer, value: Tensor) -> Tensor:
-    """What the layer gives with its weight quantized and its bias adjusted."""
+    """What the layer gives with its weight quantized and its bias adjusted, and an integer where the rules say so."""
     weight = simulation.weight(layer)
     if layer.site is not None:
         weight = layer.site.quantizer(weight)
-    return _call(layer, value, weight, simulation.bias(layer))
+    return _call(layer, value, weight, simulation.simulated_bias(layer))
 
 
 def _layer(
