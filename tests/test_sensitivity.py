@@ -52,7 +52,8 @@ class Chain(nn.Module):
         x = self.first(nn.functional.hardswish(self.stem(x)))
         x = nn.functional.hardswish(self.depthwise(x))
         x = nn.functional.hardswish(self.project(x))
-        return self.head(x.amax((2, 3)))
+        logits: Tensor = self.head(x.amax((2, 3)))
+        return logits
 
 
 def chain(*, bad_weight: bool = False, bad_values: bool = False) -> Network:
@@ -75,7 +76,7 @@ def chain(*, bad_weight: bool = False, bad_values: bool = False) -> Network:
         logits = module(seen)  # every class is decided for now and then, and surely
         module.head.weight *= 8 / logits.std(0, keepdim=True).T
         module.head.bias.zero_()
-        module.head.bias -= module(seen).mean(0)
+        module.head.bias.copy_(-module(seen).mean(0))
     return Network(module, IMAGE, None)
 
 
@@ -86,7 +87,7 @@ def samples(network: Network, count: int = 256, size: int = 32) -> list[Batch]:
     for start in range(0, count, size):
         x = random.normal(size=(size, 3, 8, 8)).astype(np.float32)
         with torch.no_grad():
-            labels = network(torch.from_numpy(x)).argmax(1).numpy()  # type: ignore[union-attr]
+            labels = network(torch.from_numpy(x)).argmax(1).numpy()
         found.append(Batch(np.arange(start, start + size), {"x": x}, labels))
     return found
 
@@ -193,7 +194,8 @@ def test_values_between_layers_count_as_places() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
-            return self.head((x * self.gate(x)).mean((2, 3)))
+            logits: Tensor = self.head((x * self.gate(x)).mean((2, 3)))
+            return logits
 
     network = Network(Gated().eval(), IMAGE, None)
     ladder = climbed(network, HOST, max_drop=1.0)
@@ -201,7 +203,8 @@ def test_values_between_layers_count_as_places() -> None:
         ("stem", "layer"), ("gate", "value"), ("mul_2", "value"), ("head", "layer"),
     ]  # fmt: skip
     assert [row.kind for row in rows(ladder)] == ["layer", "value", "value", "layer"]
-    assert not [place for place in places(climbed(network, TENSORRT, max_drop=1.0).simulation) if place.kind == "value"]
+    board = climbed(network, TENSORRT, max_drop=1.0)
+    assert [place.name for place in places(board.simulation) if place.kind == "value"] == ["mul_2"], "the pool's input"
 
 
 def test_the_work_is_bounded_and_large_networks_are_measured_by_blocks(easy: Ladder) -> None:
@@ -253,7 +256,7 @@ def test_the_bad_layer_is_put_into_float_and_the_drop_is_recovered(bad: Ladder) 
     assert best.loss.within(bad.max_drop)
     assert best.loss.expected_drop < 0.1 * loss_of(bad).expected_drop
     assert best.macs == pytest.approx(9 / (27 + 16 + 9 + 16), abs=0.01)
-    assert found.rest["depthwise"] < 0.05 < 0.4 < found.rest["stem"]
+    assert found.rest["depthwise"] < 0.1 < 0.4 < found.rest["stem"]
     assert found.why[1].startswith("depthwise alone in float leaves")
 
 

@@ -110,8 +110,8 @@ def drawing(found: Sensitivity, metric: str, width: int, height: int) -> Markup:
     title = f"What int8 costs, layer by layer: {found.variant}"
     worst = "; ".join(f"{row.layer}: {_said(row, found)}" for row in _worst(found)[:3])
     inner = element("title", title) + element("desc", f"The worst: {worst}") + svg.joined(parts)
-    box = f"0 0 {width} {height}"
-    return element("svg", inner, cls="chart", viewBox=box, role="img", aria_label=f"{title}. The worst: {worst}")
+    view = f"0 0 {width} {height}"
+    return element("svg", inner, cls="chart", viewBox=view, role="img", aria_label=f"{title}. The worst: {worst}")
 
 
 def table(found: Sensitivity) -> tuple[tuple[str, ...], ...]:
