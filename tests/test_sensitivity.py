@@ -275,6 +275,23 @@ def test_no_layer_of_a_set_can_be_left_out(name: str) -> None:
             assert not measure(less, ladder.samples.held_out, ladder.task).within(ladder.max_drop), layer
 
 
+@pytest.mark.parametrize(
+    "needed", [{0}, {1, 4}, {8}, {0, 5, 8}, {1, 2, 3, 4, 5, 6, 7, 8}, set(range(9)), set(range(10))]
+)
+def test_the_shortest_beginning_is_found_whatever_its_length(needed: set[int]) -> None:
+    tried: list[frozenset[str]] = []
+
+    def holds(layers: frozenset[str]) -> bool:
+        tried.append(layers)
+        return needed <= {int(name) for name in layers}
+
+    found = mixed.fewest([(str(i),) for i in range(10)], holds, lambda: False)
+    assert found == (None if len(needed) == 10 else frozenset(map(str, needed)))
+    assert len(set(tried)) <= 30
+    assert mixed.fewest([("0",)], holds, lambda: False) is None, "all layers in float are no mixed precision"
+    assert mixed.fewest([(str(i),) for i in range(10)], lambda layers: len(layers) > 3, lambda: True) is None
+
+
 def test_a_simulation_with_float_layers_is_the_same_elsewhere(bad: Ladder) -> None:
     parts = list(bad.samples.ranging)
     same = mixed.with_float(bad.simulation, (), parts)

@@ -95,7 +95,7 @@ def search(
     if not trial.holds(()):
         damage, _ = _damage(simulation, rows)
         rest = {name: _estimate(trial.loss({name})) for name in sorted(damage, key=lambda n: -damage[n])[:SINGLES]}
-        found = [one for units in _orders(simulation, rows, rest) if (one := trial.fewest(units)) is not None]
+        found = [one for units in _orders(simulation, rows, rest) if (one := fewest(units, trial.holds, trial.spent))]
     _, macs = _damage(simulation, rows)
     mixes = [
         Mix(tuple(name for name in trial.order if name in one), sum(macs[name] for name in one), trial.loss(one))
@@ -173,30 +173,35 @@ class _Trial:
         found = self.loss(layers)
         return found.within(self.max_drop) and found.expected_drop <= max(self.limit, 0.0)
 
-    @property
     def spent(self) -> bool:
         """Were as many sets evaluated as may be?"""
         return len(self.known) >= EVALUATIONS
 
-    def fewest(self, units: Sequence[Unit]) -> frozenset[str] | None:
-        """The shortest beginning of `units` that holds, less what it does not need; None: only all of them hold."""
-        size, failed = 1, 0  # the shortest beginning known to hold, the longest known not to
-        while not self.holds(_layers(units[:size])):
-            failed, size = size, size * 2
-            if size >= len(units) or self.spent:
-                return None
-        while size - failed > 1 and not self.spent:
-            middle = (size + failed) // 2
-            size, failed = (middle, failed) if self.holds(_layers(units[:middle])) else (size, middle)
-        kept = list(units[:size])
-        again = True
-        while again:
-            again = False
-            for unit in reversed(kept):
-                rest = [other for other in kept if other is not unit]
-                if not self.spent and self.holds(_layers(rest)):
-                    kept, again = rest, True
-        return _layers(kept)
+
+def fewest(
+    units: Sequence[Unit], holds: Callable[[frozenset[str]], bool], spent: Callable[[], bool]
+) -> frozenset[str] | None:
+    """The layers of the shortest beginning of `units` that holds, less the units that it does not need.
+
+    None where only all of them hold, or where it is `spent` before one does.
+    """
+    size, failed, most = 1, 0, len(units) - 1  # the shortest known to hold, the longest known not to
+    while size > most or not holds(_layers(units[:size])):
+        if size >= most or spent():
+            return None
+        failed, size = size, min(size * 2, most)
+    while size - failed > 1 and not spent():
+        middle = (size + failed) // 2
+        size, failed = (middle, failed) if holds(_layers(units[:middle])) else (size, middle)
+    kept = list(units[:size])
+    again = True
+    while again:
+        again = False
+        for unit in reversed(kept):
+            rest = [other for other in kept if other is not unit]
+            if not spent() and holds(_layers(rest)):
+                kept, again = rest, True
+    return _layers(kept)
 
 
 def _orders(simulation: Simulation, rows: Sequence[LayerSensitivity], rest: Mapping[str, float]) -> list[list[Unit]]:
@@ -261,8 +266,10 @@ def _why(trial: _Trial, rest: Mapping[str, float], mixes: Sequence[Mix]) -> tupl
         told.append("on these samples the drop is within the limit as it is, so that no layer can be named")
     elif not mixes:
         told.append(
-            f"no set was found before {EVALUATIONS} had been tried" if trial.spent else "only all layers in float hold"
+            f"no set was found before {EVALUATIONS} had been tried"
+            if trial.spent()
+            else "only all layers in float hold"
         )
-    elif trial.spent:
+    elif trial.spent():
         told.append(f"the search stopped after {EVALUATIONS} sets: a layer too many may be among them")
     return tuple(told)
