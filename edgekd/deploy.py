@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnx
 import torch
 
-from edgekd import export, plugins, quantize
+from edgekd import export, plugins, quantize, recipe
 from edgekd.backends.onnxruntime import fused
 from edgekd.bench import conditions
 from edgekd.clock import Deadline
@@ -21,11 +21,27 @@ from edgekd.data.preprocessed import normalise
 from edgekd.errors import ModelError, ParityError
 from edgekd.graph import edit
 from edgekd.models.network import Network
-from edgekd.quantize import lint, saturation, worth
+from edgekd.quantize import examination, lint, saturation, worth
 from edgekd.quantize.dynamic import quantize_dynamic
 from edgekd.quantize.weights import weights_to_int8
 from edgekd.store import Store
-from edgekd.types import Arrays, Artifact, Backend, Dataset, Json, Parity, Part, Precision, Say, Session, Stage, Target
+from edgekd.types import (
+    Arrays,
+    Artifact,
+    Backend,
+    Batch,
+    Dataset,
+    Json,
+    Parity,
+    Part,
+    Precision,
+    Say,
+    Sensitivity,
+    Session,
+    Stage,
+    Target,
+    Task,
+)  # fmt: skip
 
 MODEL = "model.onnx"
 PARITY_SAMPLES = 64
@@ -64,11 +80,25 @@ class Deployment:
     legacy: Mapping[Precision, Path]  # files for older versions of the runtime
     unavailable: str | None  # why the target's toolchain cannot run here; None where it can
     notes: tuple[str, ...]  # what was left out and why, what runs in float, findings of the lint rules
+    sensitivity: Sensitivity | None = None  # of the layers of int8
 
     @property
     def typing(self) -> Literal["strong", "any"]:
         """How a toolchain must read the graphs: TensorRT 10 and 11 take every type as it stands in them."""
         return "strong" if self.target.quantization.lint == "tensorrt" else "any"
+
+
+# (backend, files of one network, the network) → which is the fastest, and how that was found
+Timed: TypeAlias = Callable[[Backend, Sequence[Path], Source], tuple[int, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """int8 with some layers in float."""
+
+    graph: Graph
+    ready: Graph  # the same as it is deployed: what is float is float16 where the target wants that
+    layers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +111,8 @@ class Workshop:
     precisions: tuple[Precision, ...] | None  # that the recipe asks for; None: what the target allows
     say: Say
     deadline: Deadline = field(default_factory=Deadline)  # that optional steps ask whether they fit
+    quantize: recipe.Quantize = field(default_factory=recipe.Quantize)
+    task: Task | None = None  # what the logits are for; None: one class for each sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +121,10 @@ class Calibration:
 
     data: Dataset
 
-    def __iter__(self) -> Iterator[Arrays]:
+    def __iter__(self) -> Iterator[Batch]:
         order = np.arange(len(self.data.calibration))
         parts = [order[i : i + CALIBRATION_BATCH] for i in range(0, len(order), CALIBRATION_BATCH)]
-        for batch in self.data.calibration.batches(parts):
-            yield batch.inputs
+        yield from self.data.calibration.batches(parts)
 
 
 def row_id(target: Target, graph: Graph) -> str:
@@ -101,10 +132,13 @@ def row_id(target: Target, graph: Graph) -> str:
     return f"{target.name}/{graph.id}"
 
 
-def deploy(shop: Workshop, target: Target, teacher: Source, student: Source) -> Deployment:
+def deploy(shop: Workshop, target: Target, teacher: Source, student: Source, timed: Timed | None = None) -> Deployment:
     """Every graph of the teacher and the student for this target.
 
     A precision that the student cannot take is left out, and `notes` says why; without fp32 there is nothing to deploy.
+
+    Args:
+        timed: tells which of several files is the fastest; None: the one with the fewest multiply-accumulates in float.
 
     Raises:
         ModelError: a network cannot become ONNX.
@@ -120,6 +154,7 @@ def deploy(shop: Workshop, target: Target, teacher: Source, student: Source) -> 
     student_fp32 = _exported(shop, target, "student", student)
     graphs = [teacher_fp32, student_fp32]
     plain_int8: Graph | None = None
+    mixed: Mixed | None = None
     for precision in _precisions(shop, target, notes):
         try:
             if precision == "fp16":
@@ -127,19 +162,23 @@ def deploy(shop: Workshop, target: Target, teacher: Source, student: Source) -> 
             if precision == "int8":
                 plain_int8 = _quantized(shop, target, student_fp32, student)
                 graphs.append(_halved(shop, plain_int8, student_fp32, student) if _typed(target) else plain_int8)
+                timer = timed if unavailable is None else None
+                mixed = _mixed(shop, target, backend, plain_int8, student_fp32, student, timer)
+                graphs += [mixed.ready] if mixed is not None else []
             if precision in ("w8", "dynamic"):
                 made = _form(shop, student_fp32, precision, student, plain_int8, notes)
                 graphs += [] if made is None else [made]
         except (ModelError, ParityError) as problem:
             notes.append(f"there is no student-{precision}: {problem}")
     graphs = _sound(target, graphs, notes)
-    legacy = _legacy(shop, target, [student_fp32, plain_int8], student, notes)
+    legacy = _legacy(shop, target, [student_fp32, mixed.graph if mixed else plain_int8], student, notes)
     if backend.engine and unavailable is None:
         graphs += [_engine(shop, backend, backend.engine(), graph) for graph in graphs]
     notes += [note for graph in graphs for note in graph.notes]
     slow = conditions.without_vnni() if target.quantization.sums_16_bit else None
     notes += [slow] if slow else []
-    return Deployment(target, backend, tuple(graphs), legacy, unavailable, tuple(dict.fromkeys(notes)))
+    looked_into = None if plain_int8 is None else _looked_into(target, plain_int8, mixed)
+    return Deployment(target, backend, tuple(graphs), legacy, unavailable, tuple(dict.fromkeys(notes)), looked_into)
 
 
 def _precisions(shop: Workshop, target: Target, notes: list[str]) -> list[Precision]:
@@ -246,25 +285,70 @@ def _halved(shop: Workshop, graph: Graph, before: Graph, source: Source) -> Grap
     return _graph("student-fp16", "onnx", "fp16", made)
 
 
-def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) -> Graph:
+def _mixed(
+    shop: Workshop, target: Target, backend: Backend, plain: Graph, before: Graph, source: Source, timed: Timed | None
+) -> Mixed | None:
+    """int8 with the layers in float that it cannot do without; None where no such set was looked for, or found.
+
+    Each set is quantized anew, and of those that hold on all samples held out the fastest is taken.
+    """
+    meta: Any = plain.artifact.meta
+    made = []
+    for layers in examination.sets(meta):
+        graph = _quantized(shop, target, before, source, layers)
+        made.append(Mixed(graph, _halved(shop, graph, before, source) if _typed(target) else graph, layers))
+    if not made:
+        return None
+    told = "on all samples held out no set of layers in float is within the limit, and this one loses least"
+    holding = [one for one in made if examination.kept(one.graph.artifact.meta)["within"]]
+    best = min(made, key=lambda one: float(examination.kept(one.graph.artifact.meta)["expected_drop"]))
+    if len(holding) == 1:
+        (best,) = holding
+        told = "it holds on all samples held out" + (f", alone of {len(made)} sets" if len(made) > 1 else "")
+    elif holding and timed is not None:
+        ready = [one.ready for one in holding]
+        files = [_engine(shop, backend, backend.engine(), g) for g in ready] if backend.engine else ready
+        index, told = timed(backend, [graph.file for graph in files], source)
+        best = holding[index]
+    elif holding:
+        best = min(holding, key=lambda one: (examination.in_float(meta, one.layers), len(one.layers)))
+        told = f"of {len(holding)} sets of layers in float that hold, it has the fewest multiply-accumulates in float"
+    note = f"student-int8-mixed has {', '.join(best.layers)} in float: {'; '.join((*meta['mixed']['why'], told))}"
+    return replace(best, ready=replace(best.ready, notes=(*best.ready.notes, note)))
+
+
+def _looked_into(target: Target, plain: Graph, mixed: Mixed | None) -> Sensitivity | None:
+    found = None if mixed is None else (row_id(target, mixed.graph), mixed.layers, mixed.graph.artifact.meta)
+    return examination.sensitivity_of(target.name, row_id(target, plain), plain.artifact.meta, found)
+
+
+def _quantized(shop: Workshop, target: Target, before: Graph, source: Source, mix: Sequence[str] = ()) -> Graph:
+    """int8; `mix` are layers that are in float besides those of the recipe."""
+    name, asked = "student-int8-mixed" if mix else "student-int8", shop.quantize
+    float_layers = (*asked.float_layers, *mix)
+    search = asked.mixed == "auto" and not mix
+
     def build(work: Path) -> Mapping[str, Json]:
         path = work / MODEL
         meta = quantize.quantize(
             source.network, Calibration(shop.data), target.quantization,
-            opset=target.opset, preprocessing=shop.preprocessing, path=path, say=shop.say,
+            opset=target.opset, preprocessing=shop.preprocessing, path=path, say=shop.say, task=shop.task,
+            method=asked.method, max_drop=asked.max_drop, float_layers=float_layers, sensitivity=not mix, mixed=search,
         )  # fmt: skip
         _, given = samples(shop, source.network, PARITY_SAMPLES)
         if target.quantization.sums_16_bit:
             meta |= saturation.relieve(path, given)
         # Not refused here however large: whether int8 is good enough is what its accuracy on the test split says.
-        return meta | _parity(_run(before.file, given), _run(path, given), "student-int8")
+        return meta | _parity(_run(before.file, given), _run(path, given), name)
 
     options = {
         "rules": asdict(target.quantization), "opset": target.opset, "preprocessing": shop.preprocessing,
-        "calibration": shop.data.fingerprint,
+        "calibration": shop.data.fingerprint, "method": asked.method, "max_drop": asked.max_drop,
+        "float_layers": float_layers, "task": None if shop.task is None else shop.task.name,
+        "sensitivity": not mix, "mixed": search,
     }  # fmt: skip
     made = shop.store.step("int8", quantize.VERSION, options, [source.weights], build)
-    return _graph("student-int8", "quantized", "int8", made)
+    return _graph(name, "quantized", "int8", made)
 
 
 def _form(
@@ -348,5 +432,7 @@ def _graph(name: str, stage: Stage, precision: Precision, made: Artifact) -> Gra
     elif meta.get("float"):
         kept = ", ".join(f"{layer} ({why})" for layer, why in sorted(meta["float"].items()))
         notes.append(f"{name} keeps in float: {kept}")
+    if precision == "int8" and meta.get("methods"):
+        notes.append(f"{name}: {quantize.told(meta['methods'])}")
     file = made.path / MODEL
     return Graph(name, stage, precision, made, file, file, Parity(**meta["parity"]), tuple(notes))

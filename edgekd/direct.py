@@ -19,6 +19,7 @@ from edgekd.distillation import Teacher
 from edgekd.errors import DataError, ModelError, RecipeError
 from edgekd.goals import Prune
 from edgekd.models.network import Network
+from edgekd.outcome import Pruning
 from edgekd.recipe import loss_term
 from edgekd.store import make_folder
 from edgekd.types import (
@@ -32,7 +33,6 @@ from edgekd.types import (
     Part,
     Precision,
     Preprocessing,
-    Pruning,
     Say,
     Target,
     Task,

@@ -1,4 +1,4 @@
-"""What a report concludes of its variants: limits kept or missed, the nearest, the front, what a search has tried."""
+"""What a report tells beside its variants: limits, the nearest, the front, a search, layers compared, channels cut."""
 
 from __future__ import annotations
 
@@ -64,3 +64,62 @@ class Search:
     candidates: tuple[Candidate, ...]
     epochs: int  # of a full training
     workers: int  # processes that tried some
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A place in a network whose output is compared, and what it gives for one sample."""
+
+    path: str  # of the module; "linear:in" is what goes into it
+    channels: int
+    grid: tuple[int, ...]  # positions along each side; empty for a vector
+    depth: float  # part of the network's multiply-accumulates that are done there, in [0, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPair:
+    """A layer of the student and the layer of a teacher that it learns from."""
+
+    student: Layer
+    teacher: Layer
+    loss: str  # between the two
+    weight: float  # of the loss; 0: the pair was found, and not used
+    cka: float | None  # linear similarity before the training, where it was measured
+    projector: str  # trained between the two, and left out afterwards: "64>128" channels, "fusion", "exit", "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The layers of the student and of a teacher that correspond, for one head of the student."""
+
+    head: str | None  # None: the student has but one
+    family: str | None  # what the two networks are to each other, where the losses were left to `match`
+    pairs: tuple[LayerPair, ...]
+    notes: tuple[str, ...]  # what was left out, and why
+
+
+@dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """Layers that pruning did not touch."""
+
+    layers: tuple[str, ...]  # paths
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """How a student was cut out of its teacher: what was asked for, what was reached, what was left alone."""
+
+    measure: str  # that the goal is of: "macs", "parameters", "size_bytes" (of the fp32 weights file), "latency_ms"
+    goal: float  # at most so much of it
+    before: float  # the teacher's
+    after: float
+    importance: str  # by which channels were ranked
+    round_to: int  # channels of every layer that was cut are a multiple of it
+    rounds: int  # of cutting, each followed by a distillation
+    macs_before: int  # multiply-accumulates for one sample
+    macs_after: int
+    parameters_before: int
+    parameters_after: int
+    layers: Mapping[str, tuple[int, int]]  # channels, or heads, before and after, by the layer that makes them
+    left_alone: tuple[LeftAlone, ...]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,13 +227,14 @@ def _compressed(
 ) -> Report:
     """All that comes after training; `alone`: of one model, with an account of its forms."""
     sources, shop = sources_of(trained), workshop(run)
+    timed = partial(measure.fastest, shop=shop, threads=threads, quick=quick)
     with run.timed("accuracy"):
         examiner, rows = measure.weights_rows(sources, shop, run.task)
     made: list[Deployment] = []
     comparisons: list[Comparison] = []
     for target in targets:
         with run.timed(f"deploy {target.name}"):
-            made.append(deploy(shop, target, sources["teacher"], sources["student"]))
+            made.append(deploy(shop, target, sources["teacher"], sources["student"], timed))
         with run.timed(f"bench {target.name}"):
             short = quick or is_short(run, len(made[-1].graphs))
             found, compared, told = measure.target_rows(examiner, made[-1], sources, shop, threads=threads, quick=short)
@@ -257,7 +259,10 @@ def sources_of(trained: Trained) -> dict[Stage, Source]:
 def workshop(run: Run) -> Workshop:
     """What the steps after training work with."""
     recipe = run.recipe
-    return Workshop(run.store, run.data, recipe.export.preprocessing, recipe.quantize.precisions, run.say, run.deadline)
+    return Workshop(
+        run.store, run.data, recipe.export.preprocessing, recipe.quantize.precisions, run.say, run.deadline,
+        recipe.quantize, run.task,
+    )  # fmt: skip
 
 
 def is_short(run: Run, models: int) -> bool:
@@ -304,8 +309,8 @@ def publish(
         environment=conditions.environment(), recipe_sha256=hashlib.sha256(kept.encode()).hexdigest(),
         timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons), metric=run.task.metric,
         training=training.told(of, made_of), correspondence=training.matched(of, made_of), search=search,
-        command=command,
-        pruning=told_of.trained.pruned.account if told_of.trained.pruned is not None else None,
+        command=command, pruning=told_of.trained.pruned.account if told_of.trained.pruned is not None else None,
+        sensitivity=tuple(each.sensitivity for each in told_of.made if each.sensitivity is not None),
     ))  # fmt: skip
     for name, file in files.items():
         copy(file, out / paths[name])
@@ -338,9 +343,13 @@ def _bundle(run: Run, owner: Entrant, at: int, found: Report, shop: Workshop, fo
     near = found.nearest.get(made.target.name)
     wanted = (found.chosen[made.target.name], near.variant if near else None)
     first = next((name for name in wanted if name in deployable), None)
-    first = first or min(drops, key=lambda name: (drops[name], name))
-    others = [name for name in deployable if name != first and deployable[name].precision in made.target.precisions]
-    kept = [first, *others] if made.backend.engine else [first]  # a board builds either precision and compares them
+    least = sorted(drops, key=lambda name: (drops[name], name))  # of several in one precision, what loses least
+    first = first or least[0]
+    others = {deployable[name].precision: name for name in reversed(least)}
+    others = {precision: name for precision, name in others.items() if precision in made.target.precisions}
+    others.pop(deployable[first].precision, None)
+    # a board builds either precision and compares them
+    kept = [first, *(name for name in deployable if name in others.values())] if made.backend.engine else [first]
     models = [bundle.Source(deployable[name].file, deployable[name].precision, made.typing) for name in kept]
     models += [bundle.Source(file, precision, "weak") for precision, file in made.legacy.items()]
     _, golden = samples(shop, sources["student"].network, GOLDEN_SAMPLES)

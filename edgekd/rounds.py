@@ -33,10 +33,11 @@ from edgekd.errors import ModelError
 from edgekd.goals import Measure, Prune
 from edgekd.models import weights
 from edgekd.models.network import Network
+from edgekd.outcome import LeftAlone, Pruning
 from edgekd.pruning import cost, shapes
 from edgekd.recipe import PRUNED
 from edgekd.training import WEIGHTS, School, Subject
-from edgekd.types import Augment, Backend, Json, LeftAlone, ModelSpec, Outputs, Pruning, Target
+from edgekd.types import Augment, Backend, Json, ModelSpec, Outputs, Target
 
 SHAPES = "shapes.json"
 STATISTICS_SAMPLES = 2048  # of training, that batch normalisation is estimated from

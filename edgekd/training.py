@@ -22,23 +22,11 @@ from edgekd.distillation import Lesson, Teacher
 from edgekd.errors import ModelError, RecipeError, nearest
 from edgekd.models import weights
 from edgekd.models.network import Network
+from edgekd.outcome import Layer, LayerPair, Matched
 from edgekd.processes import here
 from edgekd.recipe import PRUNED, Recipe, TaskSpec, TeacherSpec, loss_table, loss_term
 from edgekd.store import Store, sha256_of
-from edgekd.types import (
-    Artifact,
-    Dataset,
-    Json,
-    Layer,
-    LayerPair,
-    LossTerm,
-    Matched,
-    ModelSpec,
-    Part,
-    Say,
-    Task,
-    Training,
-)
+from edgekd.types import Artifact, Dataset, Json, LossTerm, ModelSpec, Part, Say, Task, Training
 
 WEIGHTS = "weights.safetensors"
 ANSWERS = "answers"  # folder of the store in which teachers' answers are kept

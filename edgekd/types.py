@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import TypeAliasType
 
-from edgekd.outcome import Front, Limit, Nearest, Search
+from edgekd.outcome import Front, Limit, Matched, Nearest, Pruning, Search
 from edgekd.outcome import Status as Status
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, 
 Arrays: TypeAlias = "Mapping[str, np.ndarray]"  # named inputs or outputs, batch first
 # int8: static, calibrated; w8: int8 weights, computed in fp32; dynamic: int8 weights, inputs quantized as they come.
 Precision: TypeAlias = Literal["fp32", "fp16", "int8", "w8", "dynamic"]
+QuantizationMethod: TypeAlias = Literal["minmax", "percentile", "mse", "equalize", "bias", "rounding"]
 Stage: TypeAlias = Literal["teacher", "student", "pruned", "onnx", "quantized", "engine"]
 Origin: TypeAlias = Literal["device", "host", "estimate"]
 # What the label of a sample is: one class; a 0 or a 1 for each label; a class for each point of a grid; numbers.
@@ -402,65 +403,6 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """A place in a network whose output is compared, and what it gives for one sample."""
-
-    path: str  # of the module; "linear:in" is what goes into it
-    channels: int
-    grid: tuple[int, ...]  # positions along each side; empty for a vector
-    depth: float  # part of the network's multiply-accumulates that are done there, in [0, 1]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPair:
-    """A layer of the student and the layer of a teacher that it learns from."""
-
-    student: Layer
-    teacher: Layer
-    loss: str  # between the two
-    weight: float  # of the loss; 0: the pair was found, and not used
-    cka: float | None  # linear similarity before the training, where it was measured
-    projector: str  # trained between the two, and left out afterwards: "64>128" channels, "fusion", "exit", "none"
-
-
-@dataclass(frozen=True, slots=True)
-class Matched:
-    """The layers of the student and of a teacher that correspond, for one head of the student."""
-
-    head: str | None  # None: the student has but one
-    family: str | None  # what the two networks are to each other, where the losses were left to `match`
-    pairs: tuple[LayerPair, ...]
-    notes: tuple[str, ...]  # what was left out, and why
-
-
-@dataclass(frozen=True, slots=True)
-class LeftAlone:
-    """Layers that pruning did not touch."""
-
-    layers: tuple[str, ...]  # paths
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pruning:
-    """How a student was cut out of its teacher: what was asked for, what was reached, what was left alone."""
-
-    measure: str  # that the goal is of: "macs", "parameters", "size_bytes" (of the fp32 weights file), "latency_ms"
-    goal: float  # at most so much of it
-    before: float  # the teacher's
-    after: float
-    importance: str  # by which channels were ranked
-    round_to: int  # channels of every layer that was cut are a multiple of it
-    rounds: int  # of cutting, each followed by a distillation
-    macs_before: int  # multiply-accumulates for one sample
-    macs_after: int
-    parameters_before: int
-    parameters_after: int
-    layers: Mapping[str, tuple[int, int]]  # channels, or heads, before and after, by the layer that makes them
-    left_alone: tuple[LeftAlone, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Training:
     """How the student was trained, in this run or in an earlier one whose result was kept."""
 
@@ -471,6 +413,37 @@ class Training:
     seconds: float
     precision: str  # that the student computed in
     recalled: float | None  # part of the teachers' answers that came from the cache; None: no answers are kept
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """What one layer costs where it alone is in integers, on held-out calibration samples."""
+
+    layer: str  # path in the model; of a block, the module around its layers; of a value, the module that makes it
+    kind: Literal["layer", "block", "value"]  # block: neighbours measured as one; value: between layers, no weight
+    sqnr_db: float | None  # of the outputs: 10 · log10(mean square / mean square of the error); None: no error
+    divergence: float  # mean KL(float ‖ quantized) in nats; of a task of values: squared error / variance
+    changed: float | None  # part of the decisions that are others; None: the task decides nothing
+    expected_drop: float  # of the metric, were the float network's own probabilities true
+    drop: Interval | None  # of the metric, on labels; None: there are none
+    rest: float | None  # drop with all but this layer in integers; None: not measured
+    macs: float  # part of the multiply-accumulates of all layers
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """Which layers of an int8 variant cost accuracy, and which of them stay in float for it."""
+
+    target: str
+    variant: str  # id of the variant with every layer in integers
+    samples: int  # held out, that each layer was measured on
+    layers: tuple[LayerSensitivity, ...]  # from the input to the output
+    float_layers: tuple[str, ...] = ()  # that mixed precision keeps in float
+    mixed: str | None = None  # id of the variant with them in float; None: there is none
+    whole: float | None = None  # drop of `variant`, measured where that is above zero for certain, else expected
+    remaining: float | None = None  # drop of `mixed`
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -496,3 +469,4 @@ class Report:
     pareto: tuple[Front, ...] = ()  # one for each target
     search: Search | None = None
     command: str = "compress recipe.toml"  # of edgekd, that makes it again; its targets stand apart
+    sensitivity: tuple[Sensitivity, ...] = ()  # one for each target whose int8 was looked into

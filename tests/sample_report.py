@@ -7,7 +7,7 @@ from typing import Any
 
 from edgekd.bench.accuracy import paired_difference, wilson
 from edgekd.bench.conditions import environment
-from edgekd.outcome import Candidate, Search
+from edgekd.outcome import Candidate, Layer, LayerPair, Matched, Search
 from edgekd.report import choose, concluded, judge
 from edgekd.types import (
     Budget,
@@ -15,14 +15,13 @@ from edgekd.types import (
     Estimate,
     Interval,
     Latency,
-    Layer,
-    LayerPair,
+    LayerSensitivity,
     LossTerm,
-    Matched,
     Parity,
     Part,
     Precision,
     Report,
+    Sensitivity,
     Stage,
     Training,
     Variant,
@@ -207,3 +206,27 @@ def searched(*, budget: Budget = BUDGET, widths: int = 10, timed: bool = True) -
     refused = Candidate("w99", {"width": 99.0}, 30, None, "model resnet8: it cannot be built")
     search = Search(widths + 1, "Optuna 5.0.0 (TPE)", axes, (*candidates, refused), 30, 2)
     return finished(rows, budget, search=search)
+
+
+def sensitive(count: int = 20, *, mixed: bool = True, hurt: bool = True, labels: bool = True) -> Sensitivity:
+    """Of so many layers one costs a lot and another a little (`hurt`), and all have some error."""
+    rows = []
+    bad, second = count // 2, max(count // 2 - 3, 0)
+    for i in range(count):
+        cost = (0.061 if i == bad else 0.004 if i == second else 0.0008 * (i % 3)) if hurt else 0.0
+        noise = 8.5 if i == bad and hurt else 30.0 + 7 * (i % 4)
+        value = i % 11 == 9 and i not in (bad, second)
+        name = f"blocks.{i // 4}.{('conv_pw', 'conv_dw', 'se', 'conv_pwl')[i % 4]}"
+        rows.append(LayerSensitivity(
+            layer=name, kind="value" if value else "layer", sqnr_db=noise, divergence=10 ** (-noise / 10),
+            changed=cost * 2, expected_drop=cost, rest=0.007 if i == bad and mixed else None,
+            drop=Interval(cost, cost - 0.01, cost + 0.012, 256) if labels else None,
+            macs=0.0 if value else 1 / count, parameters=0 if value else 1200 + 10 * i,
+        ))  # fmt: skip
+    kept = (rows[bad].layer, rows[second].layer) if mixed else ()
+    return Sensitivity(
+        target="host", variant="host-int8", samples=256, layers=tuple(rows), float_layers=kept,
+        mixed="host-int8-mixed" if mixed else None, whole=0.068 if hurt else 0.0002,
+        remaining=0.0031 if mixed else None,
+        notes=("with every layer in int8 the expected drop is 6.80%, and 0.50% is allowed",) if mixed else (),
+    )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from sample_report import realistic, searched
+from sample_report import realistic, searched, sensitive
 
 from edgekd import report
 from edgekd.errors import DataError, StoreError
@@ -79,6 +79,21 @@ def test_a_report_of_before_searches_were_told_is_read(tmp_path: Path) -> None:
     read = report.load(tmp_path)
     assert (read.nearest, read.pareto, read.search) == ({}, (), None)
     assert report.rejudged(read, read.budget) == realistic()
+
+
+def test_sensitivity_is_in_the_schema_and_reports_of_before_it_are_read(tmp_path: Path) -> None:
+    written = dataclasses.replace(realistic(), sensitivity=(sensitive(5), sensitive(30, mixed=False, labels=False)))
+    report.dump(written, tmp_path / "report.json")
+    assert report.load(tmp_path) == written
+    document = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    jsonschema.validate(document, report.schema())
+    document["sensitivity"][0]["layers"][0]["kind"] = "neuron"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, report.schema())
+    del document["sensitivity"]
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    assert report.load(tmp_path) == realistic()
+    jsonschema.validate(document, report.schema())
 
 
 def drop_key(document: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from edgekd import goals, plugins, recipe, report, target, types
+from edgekd import goals, outcome, plugins, recipe, report, target, types
 from edgekd.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,11 +303,11 @@ def _report() -> Iterator[str]:
         types.Training,
         types.LossTerm,
         types.Part,
-        types.Matched,
-        types.LayerPair,
-        types.Layer,
-        types.Pruning,
-        types.LeftAlone,
+        outcome.Matched,
+        outcome.LayerPair,
+        outcome.Layer,
+        outcome.Pruning,
+        outcome.LeftAlone,
     )
     for cls in shown:
         yield f"## {cls.__name__}\n"

@@ -14,12 +14,12 @@ from edgekd.correspondence.pruned import Kept, fingerprint, remember, remembered
 from edgekd.errors import ModelError
 from edgekd.goals import Measure, Prune
 from edgekd.models import weights
+from edgekd.outcome import LeftAlone
 from edgekd.pruning import cost, rank, shapes
 from edgekd.pruning.cut import Group, cut
 from edgekd.pruning.shapes import Shapes, restore, traceable
 from edgekd.pruning.statistics import recalibrate
 from edgekd.pruning.trace import Inputs, trace
-from edgekd.types import LeftAlone
 
 VERSION = 1  # of what pruning does with its options; raised where the same options would cut otherwise
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from edgekd.errors import ModelError
 from edgekd.goals import Importance
+from edgekd.outcome import LeftAlone
 from edgekd.pruning.cut import Group
 from edgekd.pruning.trace import Traced
-from edgekd.types import LeftAlone
 
 _MOST = 0.9  # of a group's channels that one round takes: a layer of hardly any channels lets nothing through
 _LEVELS = 1000  # steps of the search, from nothing cut to all that may be

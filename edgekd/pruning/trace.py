@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from edgekd.errors import ModelError, RecipeError, nearest
+from edgekd.outcome import LeftAlone
 from edgekd.pruning.cut import NORMS, Group, Plan, Slot, cut, depthwise, masked
 from edgekd.pruning.heads import attentions
-from edgekd.types import LeftAlone
 
 Inputs: TypeAlias = "tuple[Tensor, ...]"
 TOLERANCE = 1e-3  # of the largest output: float32 sums in another order

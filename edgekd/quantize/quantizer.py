@@ -11,10 +11,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from edgekd.graph.program import quiet
+from edgekd.quantize.fake_quantizer import FakeQuantizer
 from edgekd.types import QuantizationRules
 
 with quiet():  # its import logs about enums of its own
-    from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantizer import (
         QuantizationAnnotation,
         QuantizationSpec,
@@ -55,10 +55,14 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
     needs to run QLinear kernels. Without it only what enters a convolution, linear layer or average pool does, and
     the branch that skips a convolution where the two are added: that is what TensorRT fuses (NVIDIA,
     tools/pytorch-quantization; rules tested in TensorRT Model Optimizer).
+
+    Args:
+        keep_float: layers that stay in float, by their path in the user's model or that of a module around them.
     """
 
-    def __init__(self, rules: QuantizationRules) -> None:
+    def __init__(self, rules: QuantizationRules, keep_float: Container[str] = ()) -> None:
         self.rules = rules
+        self.keep_float = keep_float
         self.quantized: list[str] = []
         self.left: dict[str, str] = {}  # layer → why it stays in float
         self._integer: set[Node] = set()  # values that are integers between operators
@@ -89,7 +93,7 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
 
     def _layer(self, model: GraphModule, node: Node) -> None:
         name = layer_name(node)
-        why = self._excluded(model, node)
+        why = self._excluded(model, node) or ("chosen to stay in float" if within(name, self.keep_float) else "")
         if why:
             self.left[name] = why
             return
@@ -165,7 +169,7 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
         symmetric = self.rules.activation_symmetric
         return QuantizationSpec(
             dtype=torch.int8 if signed else torch.uint8,
-            observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=LOWEST_SCALE),
+            observer_or_fake_quant_ctr=FakeQuantizer.with_args(lowest_scale=LOWEST_SCALE),
             quant_min=-128 if signed else 0,
             quant_max=127 if signed else 255,
             qscheme=torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
@@ -173,15 +177,15 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
 
     def _weight(self, axis: int) -> QuantizationSpecBase:
         whole = not self.rules.weight_per_channel
-        observer = MinMaxObserver if whole else PerChannelMinMaxObserver
+        channels = None if whole else axis
         largest = 127 if self.rules.weight_bits == 8 else 64  # 255 · (64 + 64) fits 16 bits: `saturation.py`
         return QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=observer.with_args(eps=LOWEST_SCALE),
+            observer_or_fake_quant_ctr=FakeQuantizer.with_args(lowest_scale=LOWEST_SCALE, ch_axis=channels),
             quant_min=-largest,  # not -128: -128 · -128 overflows 16-bit sums of old kernels; symmetry wants it unused
             quant_max=largest,
             qscheme=torch.per_tensor_symmetric if whole else torch.per_channel_symmetric,
-            ch_axis=None if whole else axis,
+            ch_axis=channels,
         )
 
 
@@ -218,6 +222,12 @@ def layer_name(node: Node) -> str:
     for prefix in ("L__self___", "L['self'].", "inner.", "module.", "inner", "module"):
         name = name.removeprefix(prefix)
     return name or node.name
+
+
+def within(name: str, paths: Container[str]) -> bool:
+    """Is a layer of this path, or a module around it, among the paths?"""
+    steps = name.split(".")
+    return any(".".join(steps[: i + 1]) in paths for i in range(len(steps)))
 
 
 def _annotate(node: Node, inputs: dict[Any, QuantizationSpecBase], output: QuantizationSpecBase | None) -> None:

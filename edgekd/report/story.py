@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from edgekd.outcome import Pruning
 from edgekd.report import figures, searched
 from edgekd.report.judge import deployable, judge, rejections
 from edgekd.report.nearest import counted
-from edgekd.types import Budget, Latency, LossTerm, Pruning, Report, Training, Variant
+from edgekd.types import Budget, Latency, LossTerm, Report, Training, Variant
 
 _MOST_REASONS = 8  # lines of why nothing is chosen
 

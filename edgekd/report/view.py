@@ -9,11 +9,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from edgekd.report import figures, layers, searched, story
+from edgekd.outcome import Matched
+from edgekd.report import figures, layers, searched, sensitivity, story
 from edgekd.report.pictures import Picture, pictures
 from edgekd.report.searched import FrontTable, SearchTold
 from edgekd.report.story import Headline
-from edgekd.types import Json, Matched, Report, Variant
+from edgekd.types import Json, Report, Variant
 
 _NO_REASON = "no reason was recorded"
 _STAGE = {"teacher": "teacher", "student": "student weights", "pruned": "pruned weights", "onnx": "ONNX",
@@ -122,6 +123,8 @@ class Page:
     rerun: str
     search: SearchTold | None
     search_columns: tuple[str, ...]
+    sensitivity: tuple[sensitivity.Told, ...]
+    sensitivity_columns: tuple[str, ...]
 
 
 @dataclass
@@ -171,6 +174,8 @@ def page(report: Report) -> Page:
         rerun=f"edgekd {report.command} {targets}{_again(report)}".strip(),
         search=searched.told(report),
         search_columns=searched.COLUMNS,
+        sensitivity=tuple(sensitivity.told(found, report.metric) for found in report.sensitivity if found.layers),
+        sensitivity_columns=sensitivity.COLUMNS,
     )
 
 
