@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import timm
+import timm.layers.attention
 import torch
 from networks import IMAGE, NORMAL, SIZE, Small, samples
 from torch import Tensor, nn
@@ -409,7 +410,7 @@ def test_heads_that_a_block_tells_too_are_those_of_its_attention() -> None:
     class Told(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attn = timm.layers.Attention(24, num_heads=4)
+            self.attn = timm.layers.attention.Attention(24, num_heads=4)
             self.num_heads = 4
 
         def forward(self, x: Tensor) -> Tensor:
