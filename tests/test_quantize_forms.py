@@ -223,3 +223,14 @@ def test_onnx_level_quantization_without_samples_is_refused(tmp_path: Path) -> N
     model = onnx.load(tiny_onnx.classifier(tmp_path / "fp32.onnx", raw=False))
     with pytest.raises(DataError, match="no calibration samples"):
         quantize_onnx(strip(model), iter(()), target.load("host").quantization)
+
+
+def test_a_graph_is_read_and_not_changed(tmp_path: Path) -> None:
+    model = onnx.load(tiny_onnx.classifier(tmp_path / "fp32.onnx", raw=False))
+    before = model.SerializeToString()
+    feeds = [{"image": np.ones((2, 3, 8, 8), np.float32)}]
+    quantize_onnx(strip(model), iter(feeds), target.load("host").quantization)
+    weights_to_int8(model)
+    quantize_dynamic(model)
+    worth.sizes(model)
+    assert model.SerializeToString() == before
