@@ -237,3 +237,21 @@ def test_what_int8_leaves_in_float_and_how_it_was_come_to_is_told(place: Path) -
     assert any("keeps in float: conv1 (chosen to stay in float)" in note for note in told)
     assert any("kept: mse + bias: expected drop" in note and "measured" in note for note in told)
     assert 'method = [\n    "mse",\n    "bias",\n]' in (place / "runs" / "small" / "recipe.toml").read_text()
+
+
+def test_forms_that_are_asked_for_are_built_and_others_are_told(place: Path) -> None:
+    report = _compress(place, HEAD.format(**DIGITS), "--target", "host")
+    notes = [note for note in report["notes"] if "there is no student-" in note]
+    assert len(notes) == 2
+    assert any("student-w8: its weights" in note and "do not dominate" in note for note in notes)
+    assert any("student-dynamic: products and LSTMs, which it makes faster, hold" in note for note in notes)
+    relieved = [note for note in report["notes"] if "CPUs without VNNI would clip sums" in note]
+    assert len(relieved) <= 1
+    recipe = HEAD.format(**DIGITS) + '[quantize]\nprecisions = ["w8", "dynamic"]\n'
+    report = _compress(place, recipe, "--target", "host")
+    rows = {row["id"]: row for row in report["variants"]}
+    assert {"host/student-w8", "host/student-dynamic"} < set(rows)
+    assert "host/student-int8" not in rows
+    assert rows["host/student-w8"]["size_bytes"] < rows["host/student-fp32"]["size_bytes"]
+    assert rows["host/student-w8"]["parity"]["cosine"] > 0.999
+    assert rows["host/student-w8"]["parameters"] == rows["host/student-fp32"]["parameters"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import tiny_onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd import models, target
+from edgekd import bundle, models, target
 from edgekd.backends.onnxruntime import fused, onnxruntime
 from edgekd.bench import macs
 from edgekd.errors import DataError, ModelError
@@ -22,7 +24,7 @@ from edgekd.quantize import worth
 from edgekd.quantize.dynamic import quantize_dynamic
 from edgekd.quantize.fallback import quantize_onnx
 from edgekd.quantize.weights import weights_to_int8
-from edgekd.types import Arrays, ModelSpec, TensorSpec
+from edgekd.types import Arrays, ModelSpec, Precision, TensorSpec
 
 IDS = (TensorSpec("ids", "int64", ("batch", 12), 100), TensorSpec("mask", "bool", ("batch", 12)))
 
@@ -223,3 +225,32 @@ def test_onnx_level_quantization_without_samples_is_refused(tmp_path: Path) -> N
     model = onnx.load(tiny_onnx.classifier(tmp_path / "fp32.onnx", raw=False))
     with pytest.raises(DataError, match="no calibration samples"):
         quantize_onnx(strip(model), iter(()), target.load("host").quantization)
+
+
+def test_a_graph_is_read_and_not_changed(tmp_path: Path) -> None:
+    model = onnx.load(tiny_onnx.classifier(tmp_path / "fp32.onnx", raw=False))
+    before = model.SerializeToString()
+    feeds = [{"image": np.ones((2, 3, 8, 8), np.float32)}]
+    quantize_onnx(strip(model), iter(feeds), target.load("host").quantization)
+    weights_to_int8(model)
+    quantize_dynamic(model)
+    worth.sizes(model)
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("precision", ["w8", "dynamic"])
+def test_a_bundle_of_each_form_is_sound(floats: tuple[str, Path], tmp_path: Path, precision: Precision) -> None:
+    made, _, _ = (weights_to_int8 if precision == "w8" else quantize_dynamic)(onnx.load(floats[1]))
+    save(made, tmp_path / "model.onnx")
+    bundle.write(
+        tmp_path / "host", name="texts", target=target.load("host"),
+        models=[bundle.Source(tmp_path / "model.onnx", precision)], samples=texts(), labels=("a", "b", "c"),
+        preprocessing=None, provenance={}, verdict=None,
+    )  # fmt: skip
+    found = bundle.verify(tmp_path / "host")
+    assert (found.sound, found.findings) == (True, ())
+    assert (tmp_path / "host" / f"model.{precision}.onnx").exists()
+    done = subprocess.run(
+        [sys.executable, "run.py", "--selftest"], cwd=tmp_path / "host", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
