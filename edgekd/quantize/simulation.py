@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -80,7 +80,7 @@ class Simulation:
     At rest everything is off: calling it gives what the float network gives.
     """
 
-    def __init__(self, program: Program, rules: QuantizationRules, keep_float: Container[str] = ()) -> None:
+    def __init__(self, program: Program, rules: QuantizationRules, keep_float: Collection[str] = ()) -> None:
         """Prepare the program.
 
         Args:
@@ -91,7 +91,7 @@ class Simulation:
 
             quantizer = RulesQuantizer(rules, keep_float)
             self.graph: GraphModule = prepare_pt2e(program.exported.module(), quantizer)
-        self.program, self.rules = program, rules
+        self.program, self.rules, self.keep_float = program, rules, frozenset(keep_float)
         self.quantized: tuple[str, ...] = tuple(quantizer.quantized)
         self.left: Mapping[str, str] = dict(quantizer.left)  # layer → why it stays in float
         self.sites = _sites(self.graph)
@@ -103,6 +103,7 @@ class Simulation:
                     value = _get(self.graph, path)
                     kept = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
                     self._floats[path] = kept.requires_grad_(False)
+        self._captured = dict(self._floats)
         self._adjusted: dict[str, nn.Parameter] = {}
         for path, parameter in self._floats.items():
             _set(self.graph, path, parameter)
@@ -244,6 +245,10 @@ class Simulation:
     def adjusted(self) -> Mapping[str, nn.Parameter]:
         """The parameters that `adjust` made, by path: the very ones that are in the graph while their layer rounds."""
         return dict(self._adjusted)
+
+    def rewritten(self) -> Mapping[str, nn.Parameter]:
+        """The parameters of the float network that `rewrite` and `adjust` put in place of the captured ones, by path."""
+        return {path: value for path, value in self._floats.items() if value is not self._captured.get(path)}
 
     def ranges(self) -> dict[str, Range]:
         """The range of each site that has one, by the site's name."""
