@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import torch
 
-from edgekd import export, plugins, quantize
+from edgekd import export, plugins, quantize, recipe
 from edgekd.backends.onnxruntime import fused
 from edgekd.data.preprocessed import normalise
 from edgekd.errors import ModelError, ParityError
@@ -20,7 +20,22 @@ from edgekd.graph import edit
 from edgekd.models.network import Network
 from edgekd.quantize import lint
 from edgekd.store import Store
-from edgekd.types import Arrays, Artifact, Backend, Dataset, Json, Parity, Part, Precision, Say, Session, Stage, Target
+from edgekd.types import (
+    Arrays,
+    Artifact,
+    Backend,
+    Batch,
+    Dataset,
+    Json,
+    Parity,
+    Part,
+    Precision,
+    Say,
+    Session,
+    Stage,
+    Target,
+    Task,
+)  # fmt: skip
 
 MODEL = "model.onnx"
 PARITY_SAMPLES = 64
@@ -75,6 +90,8 @@ class Workshop:
     preprocessing: bool  # the graph takes images as they are stored
     precisions: tuple[Precision, ...] | None  # that the recipe asks for; None: what the target allows
     say: Say
+    quantize: recipe.Quantize = field(default_factory=recipe.Quantize)
+    task: Task | None = None  # what the logits are for; None: one class for each sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +100,10 @@ class Calibration:
 
     data: Dataset
 
-    def __iter__(self) -> Iterator[Arrays]:
+    def __iter__(self) -> Iterator[Batch]:
         order = np.arange(len(self.data.calibration))
         parts = [order[i : i + CALIBRATION_BATCH] for i in range(0, len(order), CALIBRATION_BATCH)]
-        for batch in self.data.calibration.batches(parts):
-            yield batch.inputs
+        yield from self.data.calibration.batches(parts)
 
 
 def row_id(target: Target, graph: Graph) -> str:
@@ -240,7 +256,8 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) ->
         path = work / MODEL
         meta = quantize.quantize(
             source.network, Calibration(shop.data), target.quantization,
-            opset=target.opset, preprocessing=shop.preprocessing, path=path, say=shop.say,
+            opset=target.opset, preprocessing=shop.preprocessing, path=path, say=shop.say, task=shop.task,
+            method=shop.quantize.method, max_drop=shop.quantize.max_drop, float_layers=shop.quantize.float_layers,
         )  # fmt: skip
         _, given = samples(shop, source.network, PARITY_SAMPLES)
         # Not refused here however large: whether int8 is good enough is what its accuracy on the test split says.
@@ -248,7 +265,8 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) ->
 
     options = {
         "rules": asdict(target.quantization), "opset": target.opset, "preprocessing": shop.preprocessing,
-        "calibration": shop.data.fingerprint,
+        "calibration": shop.data.fingerprint, "method": shop.quantize.method, "max_drop": shop.quantize.max_drop,
+        "float_layers": shop.quantize.float_layers, "task": None if shop.task is None else shop.task.name,
     }  # fmt: skip
     made = shop.store.step("int8", quantize.VERSION, options, [source.weights], build)
     return _graph("student-int8", "quantized", "int8", made)
@@ -306,5 +324,7 @@ def _graph(name: str, stage: Stage, precision: Precision, made: Artifact) -> Gra
     if precision == "int8" and meta.get("float"):
         kept = ", ".join(f"{layer} ({why})" for layer, why in sorted(meta["float"].items()))
         notes.append(f"{name} keeps in float: {kept}")
+    if precision == "int8" and meta.get("methods"):
+        notes.append(f"{name}: {quantize.told(meta['methods'])}")
     file = made.path / MODEL
     return Graph(name, stage, precision, made, file, file, Parity(**meta["parity"]), tuple(notes))

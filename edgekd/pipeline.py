@@ -158,7 +158,10 @@ def _compressed(
     sources: dict[Stage, Source] = {"teacher": teachers[0], "student": student}
     if len(teachers) > 1:
         run.note(f"the student has {len(teachers)} teachers; it is compared with the first of them")
-    shop = Workshop(run.store, run.data, run.recipe.export.preprocessing, run.recipe.quantize.precisions, run.say)
+    chosen = run.recipe.quantize
+    shop = Workshop(
+        run.store, run.data, run.recipe.export.preprocessing, chosen.precisions, run.say, chosen, run.task
+    )  # fmt: skip
     with run.timed("accuracy"):
         examiner, rows = measure.weights_rows(sources, shop, run.task)
     made: list[Deployment] = []

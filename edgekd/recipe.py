@@ -9,13 +9,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 
 from edgekd import toml, units
 from edgekd.errors import RecipeError
-from edgekd.types import Augment, Budget, LossTerm, ModelSpec, Part, Precision, TrainOptions
+from edgekd.types import Augment, Budget, LossTerm, ModelSpec, Part, Precision, QuantizationMethod, TrainOptions
 
 DEFAULT_FILE = Path("edgekd.toml")
 
@@ -57,9 +57,12 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Quantize:
-    """Which precisions are built; left out: what the target allows."""
+    """Which precisions are built, left out: what the target allows; and how int8 is come to."""
 
     precisions: tuple[Precision, ...] | None = None
+    method: Literal["auto"] | tuple[QuantizationMethod, ...] = "auto"  # auto: cheapest first, until it holds
+    max_drop: Annotated[float, Ge(0), Le(1)] = 0.005  # of the metric against the float student, on held-out samples
+    float_layers: tuple[str, ...] = ()  # paths of layers, or of modules around them, that int8 leaves in float
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, Json] | None")
 Arrays: TypeAlias = "Mapping[str, np.ndarray]"  # named inputs or outputs, batch first
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+QuantizationMethod: TypeAlias = Literal["minmax", "percentile", "mse", "equalize", "bias", "rounding"]
 Stage: TypeAlias = Literal["teacher", "student", "pruned", "onnx", "quantized", "engine"]
 Origin: TypeAlias = Literal["device", "host", "estimate"]
 Status: TypeAlias = Literal["met", "missed", "cannot tell"]

@@ -7,59 +7,78 @@ What pt2e cannot take is quantized as ONNX instead (`fallback.py`), and `fallbac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import onnx
 from torch import Tensor
 
-from edgekd.errors import DataError, EdgekdError, ModelError
+from edgekd.errors import DataError, EdgekdError, ModelError, RecipeError, nearest
 from edgekd.graph.edit import cast_first, save, strip
 from edgekd.graph.opset import lower
 from edgekd.graph.program import Program, capture, graph_inputs, reason, recapture, to_onnx
 from edgekd.quantize.fallback import quantize_onnx
+from edgekd.quantize.ladder import Ladder, told
 from edgekd.quantize.qdq import finish
-from edgekd.quantize.ranges import set_activations, set_weights
+from edgekd.quantize.quantizer import within
+from edgekd.quantize.samples import Halves, Stored
 from edgekd.quantize.simulation import Simulation
-from edgekd.types import Arrays, Json, QuantizationRules, Say
+from edgekd.types import Arrays, Batch, Json, QuantizationMethod, QuantizationRules, Say, Task
 
 if TYPE_CHECKING:
     from edgekd.models.network import Network
 
-VERSION = 1
+__all__ = ["VERSION", "quantize", "told", "write"]
+
+VERSION = 2
+MAX_DROP = 0.005  # half a point
 
 
 def quantize(
     network: Network,
-    calibration: Iterable[Arrays],
+    calibration: Iterable[Arrays | Batch],
     rules: QuantizationRules,
     *,
     opset: int,
     preprocessing: bool,
     path: Path,
     say: Say,
+    method: Literal["auto"] | Sequence[QuantizationMethod] = "auto",
+    max_drop: float = MAX_DROP,
+    float_layers: Sequence[str] = (),
+    task: Task | None = None,
 ) -> dict[str, Json]:
     """Calibrate `network`, quantize it as `rules` say and write the Q/DQ graph to `path`.
 
-    Ranges are the smallest and largest values seen; batches are read one after the other and nothing of them is
-    kept, so memory does not grow with their number. Preprocessing stays in float in front of the first Q.
+    Every second calibration sample gives ranges and corrections, the others show what they are worth: methods are
+    tried from the cheapest on, until the drop is within `max_drop`, and the best is kept (`Ladder`). Batches are read
+    one after the other and nothing of them is kept but a bounded number of samples, so memory does not grow with their
+    number. Preprocessing stays in float in front of the first Q.
 
     Args:
-        calibration: batches of samples as stored, by input name; read more than once where a fallback needs it.
+        calibration: batches of samples as stored, by input name, read more than once; where they are `Batch`es, their
+            labels are used to measure the drop, and for nothing else.
         opset: of the graph; below 18 it is exported for 18 and lowered.
         preprocessing: whether the graph takes samples as stored, or normalised float32.
+        method: auto, or what to do whatever comes of it.
+        max_drop: part of the task's metric that may be lost against the float network.
+        float_layers: paths of layers, or of modules around them, that stay in float.
+        task: what the logits are for; None: one class for each sample.
 
     Returns:
         `quantizer` (pt2e or onnxruntime), `fallback` (why not pt2e, or None), `quantized` (layers), `float` (layer →
-        why it stays in float), `samples`, `static_batch` (why the batch is fixed, or None), `nodes` (count by type).
+        why it stays in float), `samples`, `methods` (all that was tried, with figures), `static_batch` (why the batch
+        is fixed, or None), `nodes` (count by type).
 
     Raises:
         DataError: no calibration samples.
+        RecipeError: `float_layers` names no layer of the network.
         ModelError: the model can be exported neither way.
     """
     network.eval()
-    first = next(iter(calibration), None)
+    stored = Stored(calibration)
+    first = next(iter(stored), None)
     if first is None or not len(next(iter(first.values()))):
         raise DataError("there are no calibration samples", expected="at least one batch of real inputs")
     args, specs = graph_inputs(network, first, preprocessing=preprocessing)
@@ -67,44 +86,50 @@ def quantize(
     if program.why_static is not None:
         say("static batch", step="quantize", reason=program.why_static)
     try:
-        model, meta = _pt2e(network, program, calibration, rules, opset=opset, preprocessing=preprocessing)
-    except (DataError, MemoryError):
+        simulation = Simulation(program, rules, float_layers)
+        _named(simulation, float_layers)
+        samples = Halves(network, calibration, preprocessing, program.why_static is not None)
+        ladder = Ladder(simulation, samples, max_drop=max_drop, task=task)
+        if method == "auto":
+            ladder.climb(say)
+        else:
+            ladder.apply(method)
+        model, meta = write(simulation, opset)
+        meta |= {"samples": ladder.samples_used, "methods": ladder.to_json()}
+    except (DataError, RecipeError, MemoryError):
         raise
     except Exception as error:  # whatever torch or torchao raise on a graph they do not know
         why = reason(error)
         say("fallback", step="quantize", reason=f"quantized as ONNX, because pt2e could not: {why}")
-        model, meta = _as_onnx(network, program, calibration, rules, opset=opset, preprocessing=preprocessing)
-        meta["fallback"] = why
+        model, meta = _as_onnx(network, program, stored, rules, opset=opset, preprocessing=preprocessing)
+        ignored = "; float_layers is not heeded there" if float_layers else ""
+        meta["fallback"] = why + ignored
     save(model, path)
     meta["static_batch"] = program.why_static
     meta["nodes"] = dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
     return meta
 
 
-def _pt2e(
-    network: Network,
-    program: Program,
-    calibration: Iterable[Arrays],
-    rules: QuantizationRules,
-    *,
-    opset: int,
-    preprocessing: bool,
-) -> tuple[onnx.ModelProto, dict[str, Json]]:
-    simulation = Simulation(program, rules)
-    static = program.why_static is not None
-    samples = simulation.observe(_batches(network, calibration, preprocessing, one_by_one=static))
-    set_activations(simulation, "minmax")
-    set_weights(simulation, "minmax")
-    model = finish(to_onnx(recapture(simulation.convert(), program), opset), rules)
-    left: dict[str, Json] = dict(simulation.left)
+def write(simulation: Simulation, opset: int) -> tuple[onnx.ModelProto, dict[str, Json]]:
+    """The simulated network as an ONNX graph, and what was done to it."""
+    program = recapture(simulation.convert(), simulation.program)
+    model = finish(to_onnx(program, opset), simulation.rules)
     meta: dict[str, Json] = {
         "quantizer": "pt2e",
         "fallback": None,
         "quantized": list(simulation.quantized),
-        "float": left,
-        "samples": samples,
+        "float": dict(simulation.left),
     }
     return strip(lower(cast_first(model), opset)), meta
+
+
+def _named(simulation: Simulation, float_layers: Sequence[str]) -> None:
+    names = [layer.name for layer in simulation.layers]
+    for path in float_layers:
+        if not any(within(name, {path}) for name in names):
+            raise RecipeError(
+                f"the network has no layer '{path}'", where="quantize.float_layers", nearest=nearest(path, names)
+            )
 
 
 def _as_onnx(
@@ -116,11 +141,6 @@ def _as_onnx(
     opset: int,
     preprocessing: bool,
 ) -> tuple[onnx.ModelProto, dict[str, Json]]:
-    if iter(calibration) is calibration:
-        raise ModelError(
-            "the model needs the fallback quantizer, which reads the calibration samples again",
-            expected="calibration that can be read twice, such as a list",
-        )
     names = [spec.name for spec in program.inputs]
     count = 0
 

@@ -92,6 +92,7 @@ class Simulation:
             quantizer = RulesQuantizer(rules, keep_float)
             self.graph: GraphModule = prepare_pt2e(program.exported.module(), quantizer)
         self.program, self.rules, self.keep_float = program, rules, frozenset(keep_float)
+        self._device = torch.device("cpu")
         self.quantized: tuple[str, ...] = tuple(quantizer.quantized)
         self.left: Mapping[str, str] = dict(quantizer.left)  # layer → why it stays in float
         self.sites = _sites(self.graph)
@@ -100,9 +101,7 @@ class Simulation:
         for layer in self.layers:
             for path in (layer.weight, self.bias_path(layer)):
                 if path is not None:
-                    value = _get(self.graph, path)
-                    kept = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-                    self._floats[path] = kept.requires_grad_(False)
+                    self._floats[path] = nn.Parameter(_get(self.graph, path).detach(), requires_grad=False)
         self._captured = dict(self._floats)
         self._adjusted: dict[str, nn.Parameter] = {}
         for path, parameter in self._floats.items():
@@ -274,6 +273,23 @@ class Simulation:
         self._adjusted = dict(snapshot.adjusted)
         for path, parameter in self._floats.items():
             _set(self.graph, path, parameter)
+
+    def to(self, device: torch.device) -> None:
+        """Compute on this device from now on."""
+        if device == self._device:
+            return
+        self._device = device
+        self.graph.to(device)
+        for parameters in (self._captured, self._floats, self._adjusted):
+            for parameter in parameters.values():
+                parameter.data = parameter.data.to(device)
+        for node in self.graph.graph.nodes:
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": device}
+        self.graph.recompile()
+        for quantizer in (site.quantizer for site in self.sites):
+            if quantizer.range is not None:
+                quantizer.set_range(quantizer.range[0].to(device), quantizer.range[1].to(device))
 
     # ---------------------------------------------------------------- the result
 
