@@ -12,13 +12,13 @@ import numpy as np
 import onnx
 import torch
 
-from edgekd import export, plugins, quantize, recipe
+from edgekd import export, plugins, qad, quantize, recipe
 from edgekd.backends.onnxruntime import fused
 from edgekd.data.preprocessed import normalise
-from edgekd.errors import ModelError, ParityError
+from edgekd.errors import EdgekdError, ModelError, ParityError, StoreError
 from edgekd.graph import edit
 from edgekd.models.network import Network
-from edgekd.quantize import lint
+from edgekd.quantize import lint, state
 from edgekd.store import Store
 from edgekd.types import (
     Arrays,
@@ -92,6 +92,7 @@ class Workshop:
     say: Say
     quantize: recipe.Quantize = field(default_factory=recipe.Quantize)
     task: Task | None = None  # what the logits are for; None: one class for each sample
+    recovery: qad.Recovery | None = None  # who teaches an int8 student that lost too much; None: nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +259,7 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) ->
             source.network, Calibration(shop.data), target.quantization,
             opset=target.opset, preprocessing=shop.preprocessing, path=path, say=shop.say, task=shop.task,
             method=shop.quantize.method, max_drop=shop.quantize.max_drop, float_layers=shop.quantize.float_layers,
+            keep=work / state.FILE,
         )  # fmt: skip
         _, given = samples(shop, source.network, PARITY_SAMPLES)
         # Not refused here however large: whether int8 is good enough is what its accuracy on the test split says.
@@ -269,7 +271,50 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source) ->
         "float_layers": shop.quantize.float_layers, "task": None if shop.task is None else shop.task.name,
     }  # fmt: skip
     made = shop.store.step("int8", quantize.VERSION, options, [source.weights], build)
-    return _graph("student-int8", "quantized", "int8", made)
+    graph = _graph("student-int8", "quantized", "int8", made)
+    if shop.recovery is None or quantize.holds(made.meta):
+        return graph
+    try:
+        return _recovered(shop, shop.recovery, target, graph, before, source)
+    except StoreError:
+        raise
+    except EdgekdError as problem:  # of a network that cannot be trained so, or a training that diverges
+        why = f"{graph.id} lost more than max_drop, and quantization-aware distillation could not be done: {problem}"
+        return replace(graph, notes=(*graph.notes, why))
+
+
+def _recovered(
+    shop: Workshop, recovery: qad.Recovery, target: Target, graph: Graph, before: Graph, source: Source
+) -> Graph:
+    """The int8 student distilled anew, where that helps; else `graph`, as it is. Either says what was found."""
+    start, rules = graph.artifact.path / state.FILE, target.quantization
+    if not start.exists():
+        raise ModelError("it was quantized as ONNX, where nothing can be trained")
+    losses = qad.terms(source.weights, recovery.task)
+
+    def train(work: Path) -> Mapping[str, Json]:
+        return qad.train(
+            source.network, start, rules, recovery, losses, preprocessing=shop.preprocessing, work=work, say=shop.say
+        )
+
+    parents = [graph.artifact, source.weights, *recovery.artifacts]
+    trained = shop.store.step("qad", qad.VERSION, qad.identity(recovery, losses), parents, train)
+    notes = (*graph.notes, f"{graph.id}: {qad.told(trained.meta, recovery.task.metric)}")
+    if not trained.meta["kept"]:
+        return replace(graph, notes=notes)
+
+    def write(work: Path) -> Mapping[str, Json]:
+        path = work / MODEL
+        meta = qad.write(
+            source.network, trained.path / state.FILE, rules, recovery, reference,
+            preprocessing=shop.preprocessing, opset=target.opset, path=path,
+        )  # fmt: skip
+        _, given = samples(shop, source.network, PARITY_SAMPLES)
+        return meta | _parity(_run(before.file, given), _run(path, given), graph.id)
+
+    options = {"opset": target.opset, "preprocessing": shop.preprocessing}
+    made = shop.store.step("int8", quantize.VERSION, options, [trained, source.weights], write)
+    return replace(_graph(graph.id, "quantized", "int8", made), notes=notes)
 
 
 def _lowered(shop: Workshop, opset: int, graph: Graph, source: Source) -> Path:

@@ -160,7 +160,8 @@ def _compressed(
         run.note(f"the student has {len(teachers)} teachers; it is compared with the first of them")
     chosen = run.recipe.quantize
     shop = Workshop(
-        run.store, run.data, run.recipe.export.preprocessing, chosen.precisions, run.say, chosen, run.task
+        run.store, run.data, run.recipe.export.preprocessing, chosen.precisions, run.say, chosen, run.task,
+        training.recovery(run.school, teachers),
     )  # fmt: skip
     with run.timed("accuracy"):
         examiner, rows = measure.weights_rows(sources, shop, run.task)
@@ -277,4 +278,5 @@ def _shorter(recipe: Recipe) -> Recipe:
         replace(each, epochs=None if each.epochs is None else max(1, each.epochs // 10)) for each in recipe.assistants
     )
     tasks = tuple(task(spec) for spec in recipe.tasks)
-    return replace(recipe, tasks=tasks, assistants=assistants, distill=tenth(recipe.distill))
+    quantize = replace(recipe.quantize, qad_epochs=max(1, recipe.quantize.qad_epochs // 10))
+    return replace(recipe, tasks=tasks, assistants=assistants, distill=tenth(recipe.distill), quantize=quantize)

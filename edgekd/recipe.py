@@ -63,6 +63,8 @@ class Quantize:
     method: Literal["auto"] | tuple[QuantizationMethod, ...] = "auto"  # auto: cheapest first, until it holds
     max_drop: Annotated[float, Ge(0), Le(1)] = 0.005  # of the metric against the float student, on held-out samples
     float_layers: tuple[str, ...] = ()  # paths of layers, or of modules around them, that int8 leaves in float
+    qad: Literal["auto", "off"] = "auto"  # auto: where int8 loses more than max_drop it is distilled anew, rounding
+    qad_epochs: Annotated[int, Ge(1)] = 2  # of that distillation
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ LAYERS = [
     {"data", "models", "losses", "tasks", "backends"},
     {"graph", "correspondence"},
     {"distillation", "export", "quantize"},
-    {"bench"},
+    {"bench", "qad"},
     {"report", "bundle"},
     {"deploy"},
     {"measure"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"__main__"},
 ]
 TORCH_AT_TOP = {
-    "models", "losses", "correspondence", "distillation", "graph", "export", "quantize", "deploy",
+    "models", "losses", "correspondence", "distillation", "graph", "export", "quantize", "qad", "deploy",
     "training", "direct", "pipeline",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "manager", "handler", "handlers", "misc"}

@@ -18,8 +18,9 @@ from edgekd.errors import DataError, EdgekdError, ModelError, RecipeError, neare
 from edgekd.graph.edit import cast_first, save, strip
 from edgekd.graph.opset import lower
 from edgekd.graph.program import Program, capture, graph_inputs, reason, recapture, to_onnx
+from edgekd.quantize import state
 from edgekd.quantize.fallback import quantize_onnx
-from edgekd.quantize.ladder import Ladder, told
+from edgekd.quantize.ladder import Ladder, holds, told
 from edgekd.quantize.qdq import finish
 from edgekd.quantize.quantizer import within
 from edgekd.quantize.samples import Halves, Stored
@@ -29,7 +30,7 @@ from edgekd.types import Arrays, Batch, Json, QuantizationMethod, QuantizationRu
 if TYPE_CHECKING:
     from edgekd.models.network import Network
 
-__all__ = ["VERSION", "quantize", "told", "write"]
+__all__ = ["VERSION", "holds", "quantize", "told", "write"]
 
 VERSION = 2
 MAX_DROP = 0.005  # half a point
@@ -48,6 +49,7 @@ def quantize(
     max_drop: float = MAX_DROP,
     float_layers: Sequence[str] = (),
     task: Task | None = None,
+    keep: Path | None = None,
 ) -> dict[str, Json]:
     """Calibrate `network`, quantize it as `rules` say and write the Q/DQ graph to `path`.
 
@@ -65,6 +67,7 @@ def quantize(
         max_drop: part of the task's metric that may be lost against the float network.
         float_layers: paths of layers, or of modules around them, that stay in float.
         task: what the logits are for; None: one class for each sample.
+        keep: where the simulation is written, for what goes on from it (`state.load`); not where there is a fallback.
 
     Returns:
         `quantizer` (pt2e or onnxruntime), `fallback` (why not pt2e, or None), `quantized` (layers), `float` (layer →
@@ -96,6 +99,8 @@ def quantize(
             ladder.apply(method)
         model, meta = write(simulation, opset)
         meta |= {"samples": ladder.samples_used, "methods": ladder.to_json()}
+        if keep is not None:
+            state.save(simulation, keep)
     except (DataError, RecipeError, MemoryError):
         raise
     except Exception as error:  # whatever torch or torchao raise on a graph they do not know

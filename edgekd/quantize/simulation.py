@@ -246,7 +246,7 @@ class Simulation:
         return dict(self._adjusted)
 
     def rewritten(self) -> Mapping[str, nn.Parameter]:
-        """The parameters of the float network that `rewrite` and `adjust` put in place of the captured ones, by path."""
+        """Parameters of the float network that are not the captured ones, but were put in their place, by path."""
         return {path: value for path, value in self._floats.items() if value is not self._captured.get(path)}
 
     def ranges(self) -> dict[str, Range]:

@@ -51,7 +51,10 @@ def load(program: Program, rules: QuantizationRules, path: Path) -> Simulation:
     except (SafetensorError, OSError, ValueError) as problem:
         raise ModelError(f"not a saved simulation: {problem}", where=str(path)) from problem
     simulation = Simulation(program, rules, keep_float)
-    for state, change in (("float", simulation.rewrite), ("adjusted", simulation.adjust)):  # the first forgets the other
+    for state, change in (
+        ("float", simulation.rewrite),
+        ("adjusted", simulation.adjust),
+    ):  # the first forgets the other
         for layer in simulation.layers:
             parts = {part: tensors.get(f"{state} {part}:{layer.node.name}") for part in ("weight", "bias")}
             change(layer, weight=parts["weight"], bias=parts["bias"])

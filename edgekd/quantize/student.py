@@ -104,7 +104,11 @@ class Rounded(nn.Module):
 
     def _add(self, layer: Layer) -> None:
         assert layer.site is not None
-        weight, bias, path = self.simulation.weight(layer), self.simulation.bias(layer), self.simulation.bias_path(layer)
+        weight, bias, path = (
+            self.simulation.weight(layer),
+            self.simulation.bias(layer),
+            self.simulation.bias_path(layer),
+        )
         quantizer = layer.site.quantizer
         shape = [1] * weight.dim()
         shape[quantizer.ch_axis or 0] = -1
