@@ -27,13 +27,17 @@ def correct_biases(simulation: Simulation, parts: Sequence[Inputs]) -> tuple[str
     def visit(layer: Layer, given: Parts, wanted: Parts) -> None:
         if not takes_bias(simulation, layer, given[0]):
             return
-        error = mean_error(simulation, layer, given, wanted)
-        bias = simulation.bias(layer)
-        simulation.adjust(layer, bias=-error if bias is None else bias - error)
+        correct(simulation, layer, given, wanted)
         corrected.append(layer.name)
 
     walk(simulation, parts, visit)
     return tuple(corrected)
+
+
+def correct(simulation: Simulation, layer: Layer, given: Parts, wanted: Parts) -> None:
+    """Take the mean error of each output channel back in the layer's bias."""
+    error, bias = mean_error(simulation, layer, given, wanted), simulation.simulated_bias(layer)
+    simulation.adjust(layer, bias=-error if bias is None else bias - error)
 
 
 def mean_error(simulation: Simulation, layer: Layer, given: Parts, wanted: Parts) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from edgekd.quantize.quantizer import POOL, aten
-from edgekd.quantize.simulation import Layer, Simulation, fake_quantizer
+from edgekd.quantize.simulation import Layer, Simulation, fake_quantizer, rank, traced
 
 # f(s · x) = s · f(x) for s > 0, channel by channel.
 HOMOGENEOUS = {
@@ -86,8 +86,8 @@ def _reader(simulation: Simulation, layer: Layer, layers: dict[Node, Layer]) -> 
     while len(node.users) == 1:
         after = next(iter(node.users))
         if after in layers:
-            rank = _rank(node)
-            same = layers[after].linear == layer.linear or (layers[after].linear and rank == 2)
+            dimensions = rank(node)
+            same = layers[after].linear == layer.linear or (layers[after].linear and dimensions == 2)
             return layers[after] if after.args[0] is node and same else None
         if fake_quantizer(simulation.graph, after) is None and not _keeps_channels(after, layer):
             return None
@@ -99,28 +99,15 @@ def _keeps_channels(node: Node, layer: Layer) -> bool:
     """Is this homogeneous in each output channel of the layer by itself?"""
     if node.target is aten.mean.dim:
         dims: Any = node.args[1]
-        return not layer.linear and sorted(d % 4 for d in dims) == [2, 3] and _rank(node.args[0]) == 4
+        return not layer.linear and sorted(d % 4 for d in dims) == [2, 3] and rank(node.args[0]) == 4
     if node.target in POOL:
         return not layer.linear
     if node.target in _FLAT:
-        before, after = _value(node.args[0]), _value(node)
+        before, after = traced(node.args[0]), traced(node)
         if layer.linear or before is None or after is None or (before.dim(), after.dim()) != (4, 2):
             return False
         return all(int(side) == 1 for side in before.shape[2:]) and int(after.shape[1]) == int(before.shape[1])
     return node.target in HOMOGENEOUS
-
-
-def _value(node: Any) -> Tensor | None:
-    """What the node gives, as it was traced; a fake-quantizer gives what it was given."""
-    while isinstance(node, Node) and node.op == "call_module":
-        node = node.args[0]
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return value if isinstance(value, Tensor) else None
-
-
-def _rank(node: Any) -> int:
-    value = _value(node)
-    return 0 if value is None else value.dim()
 
 
 def _bias_is_stored(simulation: Simulation, layer: Layer) -> bool:

@@ -42,10 +42,10 @@ class Attempt:
 class Ladder:
     """Tries methods on one simulation, cheapest first, and leaves it with the best of them.
 
-    `auto` goes on until the loss is within `max_drop` (`Loss.within`): min-max ranges; ranges by percentile and by squared
-    error; bias correction on the best of these; equalisation with ranges and bias correction anew; learned rounding
-    on the best of all. Of what was tried it keeps what is within, and of several that with the smallest divergence
-    of the logits, which tells finely where a few hundred decisions tell coarsely.
+    `auto` goes on until the loss is within `max_drop` (`Loss.within`): min-max ranges; ranges by percentile and by
+    squared error; bias correction on the best of these; equalisation, with ranges and bias correction anew; learned
+    rounding on the best of all. Of what was tried it keeps what is within, and of several that with the smallest
+    divergence of the logits, which tells finely where a few hundred decisions tell coarsely.
     """
 
     def __init__(self, simulation: Simulation, samples: Halves, *, max_drop: float, task: Task | None) -> None:

@@ -176,14 +176,20 @@ class Simulation:
     @contextlib.contextmanager
     def _states(self, states: Mapping[int, State]) -> Iterator[None]:
         before = [(site.quantizer, site.quantizer.state) for site in self.sites]
-        placed = {path: _get(self.graph, path) for path in self._adjusted}
+        placed: dict[str, nn.Parameter] = {}
         for site in self.sites:
             site.quantizer.state = states.get(id(site), "off")
         for layer in self.layers:
             simulated = layer.site is not None and layer.site.quantizer.state == "simulate"
-            for path in (layer.weight, self.bias_path(layer)):
-                if path in self._adjusted:
-                    _set(self.graph, path, self._adjusted[path] if simulated else self._floats[path])
+            bias = self.bias_path(layer)
+            wanted = {layer.weight: self._adjusted.get(layer.weight) if simulated else None}
+            if bias is not None:
+                wanted[bias] = self.simulated_bias(layer) if simulated else None
+            for path, value in wanted.items():
+                now, value = _get(self.graph, path), value if value is not None else self._floats[path]
+                if now is not value:
+                    placed.setdefault(path, now)
+                    _set(self.graph, path, value)
         try:
             yield
         finally:
@@ -218,6 +224,25 @@ class Simulation:
         """The bias beside the quantized weight: adjusted where it was, else float; None: the layer has none."""
         path = self.bias_path(layer)
         return None if path is None else self._adjusted.get(path, self._floats[path])
+
+    def simulated_bias(self, layer: Layer) -> nn.Parameter | None:
+        """The bias as the graph will have it: where the rules make it an integer, on the grid of the layer's sums.
+
+        b ≈ round(b / (x_scale · weight_scale)) · x_scale · weight_scale (Jacob et al., CVPR 2018, eq. 11). One that is
+        being trained is left as it is.
+        """
+        path = self.bias_path(layer)
+        if path is None:
+            return None
+        bias = self._adjusted.get(path, self._floats[path])
+        data: Any = layer.node.args[0]
+        given = fake_quantizer(self.graph, data)
+        if not self.rules.quantize_bias or bias.requires_grad or layer.site is None or given is None:
+            return bias
+        if given.range is None or layer.site.quantizer.range is None or (layer.linear and rank(layer.node) > 2):
+            return bias
+        step = (given.scale * layer.site.quantizer.scale).double()
+        return nn.Parameter((torch.round(bias.double() / step) * step).float(), requires_grad=False)
 
     def float_bias(self, layer: Layer) -> Tensor | None:
         """The bias of the float network; None: the layer has none."""
@@ -343,6 +368,20 @@ def fake_quantizer(graph: GraphModule, node: Node) -> FakeQuantizer | None:
     """The fake-quantizer that this node calls, if it calls one."""
     module = _get(graph, str(node.target)) if node.op == "call_module" else None
     return module if isinstance(module, FakeQuantizer) else None
+
+
+def traced(node: Any) -> Tensor | None:
+    """What the node gives, as it was traced; a fake-quantizer gives what it was given."""
+    while isinstance(node, Node) and node.op == "call_module":
+        node = node.args[0]
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def rank(node: Any) -> int:
+    """Dimensions of what the node gives; 0 where that is not known."""
+    value = traced(node)
+    return 0 if value is None else value.dim()
 
 
 def source(node: Node, passes: Callable[[Node], bool]) -> Node:

@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from edgekd.quantize.simulation import Inputs, Layer, Simulation, fake_quantizer
 
 SAMPLES = 256  # at most, that corrections are learned from
-_BYTES = 2**28  # that the values of one node may take, for all samples together
+_BYTES = 2**27  # that the values of one node may take, for all samples together
 Parts: TypeAlias = "list[Tensor]"  # one value, cut along the batch
 Visit: TypeAlias = "Callable[[Layer, Parts, Parts], None]"
 
@@ -26,7 +26,7 @@ def gather(simulation: Simulation, batches: Iterable[Inputs]) -> list[Inputs]:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dim() > 1:
             largest = max(largest, math.prod(int(side) for side in value.shape[1:]) * value.element_size())
-    left = max(8, min(SAMPLES, _BYTES // largest))
+    left = max(16, min(SAMPLES, _BYTES // largest))
     found: list[Inputs] = []
     for batch in batches:
         found.append(tuple(tensor[:left] for tensor in batch))
@@ -72,11 +72,11 @@ def walk(simulation: Simulation, parts: Sequence[Inputs], visit: Visit) -> None:
 
 
 def quantized_output(simulation: Simulation, layer: Layer, value: Tensor) -> Tensor:
-    """What the layer gives with its weight quantized and its bias adjusted."""
+    """What the layer gives with its weight quantized and its bias adjusted, and an integer where the rules say so."""
     weight = simulation.weight(layer)
     if layer.site is not None:
         weight = layer.site.quantizer(weight)
-    return _call(layer, value, weight, simulation.bias(layer))
+    return _call(layer, value, weight, simulation.simulated_bias(layer))
 
 
 def _layer(
