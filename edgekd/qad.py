@@ -137,10 +137,12 @@ def train(
 
 
 def better(one: Loss, other: Loss) -> bool:
-    """Whether less of the metric is lost; where that is equal or not known, whether the answers are nearer."""
-    if one.drop is not None and other.drop is not None and one.drop != other.drop:
-        return one.drop < other.drop
-    return one.divergence < other.divergence
+    """Whether less is lost: of the metric on labels, where so many samples can tell; else what is to be expected."""
+    if one.drop is not None and other.drop is not None:
+        error = max(one.drop_error or 0.0, other.drop_error or 0.0)
+        if abs(one.drop - other.drop) > error:
+            return one.drop < other.drop
+    return one.expected_drop < other.expected_drop
 
 
 def write(
@@ -192,13 +194,13 @@ def write(
 def told(meta: Mapping[str, Any], metric: str) -> str:
     """What it took and what it brought, as a sentence of the report; `meta` is what `train` gave."""
     before, after = meta["before"], meta["after"]
+    figures = f"expected drop {after['expected_drop']:.2%}, {before['expected_drop']:.2%} without it"
     if before["drop"] is not None and after["drop"] is not None:
-        figures = f"{after['drop']:.2%} of {metric} lost against the float student, {before['drop']:.2%} without it"
-    else:
-        figures = f"{after['divergence']:.2g} from the float student, {before['divergence']:.2g} without it"
+        measured = f"{after['drop']:.2%} ± {after['drop_error']:.2%} of {metric}, {before['drop']:.2%} without it"
+        figures += f"; measured {measured}"
     return (
-        f"quantization-aware distillation ({meta['epochs']} epochs, {meta['train_s']:.0f} s): {figures}, on "
-        f"{after['samples']} samples held out: {'kept' if meta['kept'] else 'not kept'}"
+        f"quantization-aware distillation ({meta['epochs']} epochs, {meta['train_s']:.0f} s) against the float "
+        f"student, on {after['samples']} samples held out: {figures}: {'kept' if meta['kept'] else 'not kept'}"
     )
 
 

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from edgekd.errors import ModelError, nearest
 from edgekd.graph.program import Program, quiet
 from edgekd.quantize.fake_quantizer import FakeQuantizer, Range, State
+from edgekd.quantize.gates import put_gates, take_gates
 from edgekd.quantize.histogram import Histogram
 from edgekd.quantize.quantizer import CLIP, CONV, LINEAR, TRANSPOSED, RulesQuantizer, layer_name
 from edgekd.types import QuantizationRules
@@ -95,6 +96,8 @@ class Simulation:
         self._device = torch.device("cpu")
         self.quantized: tuple[str, ...] = tuple(quantizer.quantized)
         self.left: Mapping[str, str] = dict(quantizer.left)  # layer → why it stays in float
+        if rules.quantize_outputs:
+            put_gates(self.graph)
         self.sites = _sites(self.graph)
         self.layers = _layers(self.graph, self.sites)
         self._floats: dict[str, nn.Parameter] = {}
@@ -324,6 +327,7 @@ class Simulation:
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
             copied = copy.deepcopy(self.graph)
+            take_gates(copied)
             converted: GraphModule = convert_pt2e(copied)
         return converted
 
