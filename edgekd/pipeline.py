@@ -226,7 +226,7 @@ def _compressed(
     run: Run, trained: Trained, targets: Sequence[Target], out: Path, *, threads: int, quick: bool, alone: bool = False
 ) -> Report:
     """All that comes after training; `alone`: of one model, with an account of its forms."""
-    sources, shop = sources_of(trained), workshop(run)
+    sources, shop = sources_of(trained), workshop(run, trained.teachers[0])
     timed = partial(measure.fastest, shop=shop, threads=threads, quick=quick)
     with run.timed("accuracy"):
         examiner, rows = measure.weights_rows(sources, shop, run.task)
@@ -256,12 +256,12 @@ def sources_of(trained: Trained) -> dict[Stage, Source]:
     return found if trained.pruned is None else found | {"pruned": trained.pruned.cut}
 
 
-def workshop(run: Run) -> Workshop:
-    """What the steps after training work with."""
+def workshop(run: Run, taught_by: Sequence[Source]) -> Workshop:
+    """What the steps after training work with; `taught_by` are the teachers of the one task."""
     recipe = run.recipe
     return Workshop(
         run.store, run.data, recipe.export.preprocessing, recipe.quantize.precisions, run.say, run.deadline,
-        recipe.quantize, run.task,
+        recipe.quantize, run.task, training.recovery(run.school, taught_by),
     )  # fmt: skip
 
 
@@ -419,4 +419,7 @@ def _shorter(recipe: Recipe) -> Recipe:
     )
     tasks = tuple(task(spec) for spec in recipe.tasks)
     prune = recipe.prune and replace(recipe.prune, epochs=max(1, recipe.prune.epochs // 10))
-    return replace(recipe, tasks=tasks, assistants=assistants, distill=tenth(recipe.distill), prune=prune)
+    quantize = replace(recipe.quantize, qad_epochs=max(1, recipe.quantize.qad_epochs // 10))
+    return replace(
+        recipe, tasks=tasks, assistants=assistants, distill=tenth(recipe.distill), prune=prune, quantize=quantize
+    )

@@ -66,6 +66,8 @@ class Quantize:
     max_drop: Annotated[float, Ge(0), Le(1)] = 0.005  # of the metric against the float student, on held-out samples
     float_layers: tuple[str, ...] = ()  # paths of layers, or of modules around them, that int8 leaves in float
     mixed: Literal["auto", "off"] = "auto"  # auto: where int8 loses more than max_drop, find layers to leave in float
+    qad: Literal["auto", "off"] = "auto"  # auto: where int8 loses more than max_drop it is distilled anew, rounding
+    qad_epochs: Annotated[int, Ge(1)] = 2  # of that distillation
 
 
 @dataclass(frozen=True, slots=True)

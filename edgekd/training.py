@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgekd import data, distillation, export, models, plugins
+from edgekd import data, distillation, export, models, plugins, qad
 from edgekd.clock import Deadline
-from edgekd.deploy import Source
+from edgekd.deploy import Calibration, Source
 from edgekd.distillation import Lesson, Teacher
 from edgekd.errors import ModelError, RecipeError, nearest
 from edgekd.models import weights
@@ -91,6 +91,24 @@ def student(school: School, taught_by: Sequence[Sequence[Source]]) -> Source:
         epochs = recipe.distill.epochs if assistant.epochs is None else assistant.epochs
         taught_by = [[distilled(between, assistant.model, epochs, taught_by)]]
     return distilled(school, recipe.student, recipe.distill.epochs, taught_by)
+
+
+def recovery(school: School, taught_by: Sequence[Source]) -> qad.Recovery | None:
+    """Who teaches the quantized student of the one task where rounding costs too much; None: the recipe wants nobody.
+
+    Assistants have done their work: the teachers are the recipe's own.
+    """
+    recipe, (subject,) = school.recipe, school.subjects
+    if recipe.quantize.qad == "off":
+        return None
+    weights_of = _weights(subject, taught_by)
+    return qad.Recovery(
+        teachers=tuple(Teacher(s.network, w) for s, w in zip(taught_by, weights_of, strict=True)),
+        artifacts=tuple(source.weights for source in taught_by), data=subject.data,
+        held_out=Calibration(subject.data), task=subject.task,
+        options=qad.options(recipe.distill, recipe.quantize.qad_epochs), augment=recipe.augment, seed=recipe.seed,
+        answers=school.answers,
+    )  # fmt: skip
 
 
 def network(school: School, subject: Subject, spec: ModelSpec, trained: Artifact) -> Network:

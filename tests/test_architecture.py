@@ -23,7 +23,7 @@ LAYERS = [
     {"data", "models", "losses", "tasks", "backends"},
     {"graph", "correspondence"},
     {"distillation", "pruning", "export", "quantize"},
-    {"bench"},
+    {"bench", "qad"},
     {"report", "bundle"},
     {"deploy"},
     {"measure"},
@@ -36,7 +36,7 @@ LAYERS = [
     {"__main__"},
 ]
 TORCH_AT_TOP = {
-    "models", "losses", "correspondence", "distillation", "pruning", "graph", "export", "quantize", "deploy",
+    "models", "losses", "correspondence", "distillation", "pruning", "graph", "export", "quantize", "qad", "deploy",
     "training", "direct", "rounds", "pipeline", "search",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "manager", "handler", "handlers", "misc"}

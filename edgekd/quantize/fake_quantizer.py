@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -48,6 +49,7 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
         self.symmetric = qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
         self.state: State = "off"
         self.seen: Histogram | None = None
+        self.learned: Callable[[Tensor], Tensor] | None = None  # rounds in its place while its range is trained
         self.range: Range | None = None
         self.scale, self.zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 
@@ -58,6 +60,8 @@ class FakeQuantizer(FakeQuantizeBase):  # type: ignore[misc]
             self.seen = self.seen or Histogram()
             self.seen.add(x.detach())
             return x
+        if self.learned is not None:
+            return self.learned(x)
         least, most = self.quant_min, self.quant_max
         if self.ch_axis is None:
             scale, zero = float(self.scale), int(self.zero_point)

@@ -203,6 +203,11 @@ class Ladder:
         return float("nan") if loss is None else round(loss.expected_drop, 5)
 
 
+def holds(meta: Mapping[str, Any]) -> bool:
+    """Whether what was kept is within `max_drop`; `meta` is what `quantize` gave."""
+    return any(one["kept"] and one.get("within", False) for one in meta.get("methods", ()))
+
+
 def told(attempts: Sequence[Mapping[str, Any]]) -> str:
     """What was tried and what was kept, as one sentence of the report."""
     lines = []

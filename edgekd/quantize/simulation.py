@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from edgekd.errors import ModelError, nearest
 from edgekd.graph.program import Program, quiet
 from edgekd.quantize.fake_quantizer import FakeQuantizer, Range, State
+from edgekd.quantize.gates import put_gates, take_gates
 from edgekd.quantize.histogram import Histogram
 from edgekd.quantize.quantizer import CLIP, CONV, LINEAR, TRANSPOSED, RulesQuantizer, layer_name
 from edgekd.types import QuantizationRules
@@ -80,7 +81,7 @@ class Simulation:
     At rest everything is off: calling it gives what the float network gives.
     """
 
-    def __init__(self, program: Program, rules: QuantizationRules, keep_float: Container[str] = ()) -> None:
+    def __init__(self, program: Program, rules: QuantizationRules, keep_float: Collection[str] = ()) -> None:
         """Prepare the program.
 
         Args:
@@ -91,9 +92,12 @@ class Simulation:
 
             quantizer = RulesQuantizer(rules, keep_float)
             self.graph: GraphModule = prepare_pt2e(program.exported.module(), quantizer)
-        self.program, self.rules = program, rules
+        self.program, self.rules, self.keep_float = program, rules, frozenset(keep_float)
+        self._device = torch.device("cpu")
         self.quantized: tuple[str, ...] = tuple(quantizer.quantized)
         self.left: Mapping[str, str] = dict(quantizer.left)  # layer → why it stays in float
+        if rules.quantize_outputs:
+            put_gates(self.graph)
         self.sites = _sites(self.graph)
         self.layers = _layers(self.graph, self.sites)
         self._floats: dict[str, nn.Parameter] = {}
@@ -101,6 +105,7 @@ class Simulation:
             for path in (layer.weight, self.bias_path(layer)):
                 if path is not None:
                     self._floats[path] = nn.Parameter(_get(self.graph, path).detach(), requires_grad=False)
+        self._captured = dict(self._floats)
         self._adjusted: dict[str, nn.Parameter] = {}
         for path, parameter in self._floats.items():
             _set(self.graph, path, parameter)
@@ -268,6 +273,10 @@ class Simulation:
         """The parameters that `adjust` made, by path: the very ones that are in the graph while their layer rounds."""
         return dict(self._adjusted)
 
+    def rewritten(self) -> Mapping[str, nn.Parameter]:
+        """Parameters of the float network that are not the captured ones, but were put in their place, by path."""
+        return {path: value for path, value in self._floats.items() if value is not self._captured.get(path)}
+
     def ranges(self) -> dict[str, Range]:
         """The range of each site that has one, by the site's name."""
         return {site.name: site.quantizer.range for site in self.sites if site.quantizer.range is not None}
@@ -293,6 +302,23 @@ class Simulation:
         for path, parameter in self._floats.items():
             _set(self.graph, path, parameter)
 
+    def to(self, device: torch.device) -> None:
+        """Compute on this device from now on."""
+        if device == self._device:
+            return
+        self._device = device
+        self.graph.to(device)
+        for parameters in (self._captured, self._floats, self._adjusted):
+            for parameter in parameters.values():
+                parameter.data = parameter.data.to(device)
+        for node in self.graph.graph.nodes:
+            if "device" in node.kwargs:
+                node.kwargs = {**node.kwargs, "device": device}
+        self.graph.recompile()
+        for quantizer in (site.quantizer for site in self.sites):
+            if quantizer.range is not None:
+                quantizer.set_range(quantizer.range[0].to(device), quantizer.range[1].to(device))
+
     # ---------------------------------------------------------------- the result
 
     def convert(self) -> GraphModule:
@@ -301,6 +327,7 @@ class Simulation:
             from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
             copied = copy.deepcopy(self.graph)
+            take_gates(copied)
             converted: GraphModule = convert_pt2e(copied)
         return converted
 

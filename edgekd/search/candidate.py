@@ -39,7 +39,7 @@ class Lab:
     @property
     def shop(self) -> Workshop:
         """What the steps after training work with."""
-        return pipeline.workshop(self.run)
+        return pipeline.workshop(self.run, self.taught_by[0])
 
 
 @dataclass(frozen=True, slots=True)

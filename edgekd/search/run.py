@@ -72,7 +72,7 @@ def search(
     if here().first:
         with run.timed("accuracy"):
             sources: dict[Any, Source] = {"teacher": taught_by[0][0]}
-            examiner, teacher = measure.weights_rows(sources, pipeline.workshop(run), run.task)
+            examiner, teacher = measure.weights_rows(sources, pipeline.workshop(run, taught_by[0]), run.task)
     lab = Lab(run, targets, taught_by, examiner, found, plan, threads, quick)
     trials = None
     if here().first:

@@ -1,0 +1,467 @@
+"""A student that rounding cost too much is distilled anew, rounding: it loses less, and its graph says what it says."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import networks
+import numpy as np
+import onnx
+import pytest
+import torch
+import trainings
+from command_line import call
+from torch import Tensor, nn
+
+from edgekd import distillation, qad, quantize
+from edgekd.backends.onnxruntime import onnxruntime
+from edgekd.deploy import Calibration, reference
+from edgekd.distillation import Teacher
+from edgekd.errors import ModelError, ParityError
+from edgekd.graph.program import capture, graph_inputs
+from edgekd.models.network import Network
+from edgekd.quantize import state
+from edgekd.quantize.measured import Loss
+from edgekd.quantize.ranges import set_activations, set_weights
+from edgekd.quantize.simulation import Simulation
+from edgekd.quantize.student import Rounded
+from edgekd.recipe import loss_term
+from edgekd.types import (
+    Arrays,
+    Artifact,
+    Augment,
+    Dataset,
+    Json,
+    LossTerm,
+    Part,
+    Preprocessing,
+    QuantizationRules,
+    TrainOptions,
+)  # fmt: skip
+
+HOST = QuantizationRules("uint8", False, "int8", True, True, True, 0, "onnxruntime")
+BOARD = QuantizationRules("int8", True, "int8", True, False, False, 0, "tensorrt")
+RULES = {"host": HOST, "board": BOARD}
+OPTIONS = TrainOptions(batch_size=64, precision="fp32", threads=1, ema_decay=0.9)
+KD = (LossTerm(Part("kd", {"temperature": 4.0})),)
+WIDE = 2.5  # standard deviation of the logarithm of what channels are multiplied by
+
+
+class Depthwise(nn.Module):
+    """Depthwise and pointwise convolutions, and hard swishes between which channels can be rescaled."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU6())
+        self.blocks = nn.Sequential(*(self._block(width, 2 if at == 0 else 1) for at in range(3)))
+        self.head = nn.Linear(width, 10)
+
+    @staticmethod
+    def _block(width: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), nn.BatchNorm2d(width), nn.Hardswish(),
+            nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.Hardswish(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return logits
+
+
+def silent(event: str, /, **fields: Json) -> None:
+    """Nobody listens."""
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Network:
+    """A network that knows its digits, of whose channels some are a hundred times as wide as others."""
+    data, work = trainings.handwritten(), tmp_path_factory.mktemp("float")
+    torch.manual_seed(0)
+    network = Network(Depthwise(), data.inputs, Preprocessing((8, 8), (0.5,), (0.5,)))
+
+    def trained(epochs: int, rate: float) -> None:
+        options = replace(OPTIONS, epochs=epochs, learning_rate=rate, compile="off")
+        distillation.train(network, data, options, Augment(), task=trainings.task(), seed=0, work=work, say=silent)
+
+    trained(10, 0.1)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for block in cast("Depthwise", network.module).blocks:
+            norm, pointwise = block[1], block[3]  # type: ignore[index]
+            factor = torch.exp(WIDE * torch.randn(16, generator=random)).clamp(min=1)
+            norm.weight *= factor
+            norm.bias *= factor
+            pointwise.weight /= factor.reshape(1, -1, 1, 1)
+    trained(2, 0.001)  # a hard swish is not a straight line: what was rescaled is trained a little
+    return network
+
+
+def recovery(network: Network, data: Dataset, epochs: int = 3, **options: Any) -> qad.Recovery:
+    return qad.Recovery(
+        (Teacher(network),), (), data, Calibration(data), trainings.task(),
+        qad.options(replace(OPTIONS, **options), epochs), Augment(), 0, None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Made:
+    """A network quantized by the smallest and largest values, and then distilled anew."""
+
+    network: Network
+    rules: QuantizationRules
+    folder: Path
+    quantized: dict[str, Json]
+    trained: dict[str, Any]
+    told: list[tuple[str, dict[str, Json]]]
+
+    @property
+    def start(self) -> Path:
+        return self.folder / "start"
+
+    def train(self, work: Path, say: Callable[..., None] = silent) -> dict[str, Any]:
+        """The distillation of the quantized network."""
+        work.mkdir(exist_ok=True)
+        return qad.train(
+            self.network, self.start, self.rules, recovery(self.network, trainings.handwritten()), KD,
+            preprocessing=True, work=work, say=say,
+        )  # fmt: skip
+
+    def loaded(self, file: Path) -> Simulation:
+        data = trainings.handwritten()
+        args, specs = graph_inputs(self.network, next(iter(Calibration(data))).inputs, preprocessing=True)
+        return state.load(capture(self.network, args, specs, preprocessing=True), self.rules, file)
+
+
+@pytest.fixture(scope="module", params=list(RULES))
+def made(request: pytest.FixtureRequest, broken: Network, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder, data, rules = tmp_path_factory.mktemp(request.param), trainings.handwritten(), RULES[request.param]
+    meta = quantize.quantize(
+        broken, Calibration(data), rules, opset=19, preprocessing=True, path=folder / "ptq.onnx", say=silent,
+        method=("minmax",), task=trainings.task(), keep=folder / "start",
+    )  # fmt: skip
+    told = trainings.Told()
+    half = Made(broken, rules, folder, meta, {}, told.events)
+    return replace(half, trained=half.train(folder / "work", told))
+
+
+# ---------------------------------------------------------------- what training brings
+
+
+def test_training_lowers_the_loss_and_gives_back_what_rounding_took(made: Made) -> None:
+    losses = [row["loss"] for row in made.trained["history"]]
+    assert losses[-1] < 0.8 * losses[0]
+    before, after = made.trained["before"], made.trained["after"]
+    assert before["drop"] > 0.02, "the network is broken"
+    assert after["drop"] <= before["drop"]
+    assert after["divergence"] < before["divergence"] / 2
+    assert made.trained["kept"]
+    assert made.trained["precision"] == "fp32"
+    assert not quantize.holds(made.quantized)
+
+
+def test_progress_is_told_of_its_own_step(made: Made) -> None:
+    assert {fields["step"] for event, fields in made.told if event in ("epoch", "batch")} == {"qad"}
+
+
+def test_the_artifact_is_one_file_without_code(made: Made) -> None:
+    assert [file.name for file in (made.folder / "work").iterdir()] == [state.FILE]
+    assert (made.folder / "work" / state.FILE).read_bytes()[8:9] == b"{"  # safetensors
+
+
+def test_interrupted_training_goes_on_to_the_same_bits(made: Made) -> None:
+    work = made.folder / "interrupted"
+    for stop in (1, 1):  # in the first epoch and in the second
+        with pytest.raises(trainings.Interrupted):
+            made.train(work, trainings.Told("epoch", stop))
+    told = trainings.Told()
+    made.train(work, told)
+    assert told.of("resumed")
+    assert (work / state.FILE).read_bytes() == (made.folder / "work" / state.FILE).read_bytes()
+
+
+def test_told_says_both_figures_and_the_seconds(made: Made) -> None:
+    text = qad.told(made.trained, "accuracy")
+    before, after = made.trained["before"], made.trained["after"]
+    assert f"expected drop {after['expected_drop']:.2%}, {before['expected_drop']:.2%} without it" in text
+    assert f" of accuracy, {before['drop']:.2%} without it" in text
+    assert f"(3 epochs, {made.trained['train_s']:.0f} s)" in text
+    assert "143 samples held out" in text
+    assert text.endswith(": kept")
+    worse = made.trained | {"kept": False}
+    assert qad.told(worse, "accuracy").endswith(": not kept")
+    unknown = made.trained | {side: made.trained[side] | {"drop": None} for side in ("before", "after")}
+    assert "measured" not in qad.told(unknown, "R²")
+
+
+# ---------------------------------------------------------------- the graph is what was trained
+
+
+@pytest.fixture(scope="module")
+def graph(made: Made) -> tuple[Path, dict[str, Any]]:
+    path = made.folder / "qad.onnx"
+    meta = qad.write(
+        made.network, made.folder / "work" / state.FILE, made.rules,
+        recovery(made.network, trainings.handwritten()), reference, preprocessing=True, opset=19, path=path,
+    )  # fmt: skip
+    return path, meta
+
+
+def test_graph_has_the_nodes_that_post_training_quantization_gives(
+    made: Made, graph: tuple[Path, dict[str, Any]]
+) -> None:
+    counts = [
+        Counter(node.op_type for node in onnx.load(path).graph.node) for path in (made.folder / "ptq.onnx", graph[0])
+    ]
+    assert counts[0] == counts[1]
+    assert counts[0]["QuantizeLinear"] > 4
+    assert graph[1]["quantized"] == made.quantized["quantized"]
+
+
+@pytest.mark.parametrize("optimizations", [True, False])
+def test_graph_is_as_accurate_as_the_simulation(
+    made: Made, graph: tuple[Path, dict[str, Any]], optimizations: bool
+) -> None:
+    data = trainings.handwritten()
+    batch = next(iter(data.test.batches([np.arange(len(data.test))])))
+    simulation = made.loaded(made.folder / "work" / state.FILE)
+    args, _ = graph_inputs(made.network, batch.inputs, preprocessing=True)
+    wanted = simulation.logits(args, quantized=True).numpy()
+    session = onnxruntime(optimizations=optimizations).load(graph[0], 1)
+    found = session(batch.inputs)["logits"]
+    session.close()
+    right = [float((logits.argmax(1) == batch.labels).mean()) for logits in (wanted, found)]
+    assert abs(right[0] - right[1]) <= 0.001
+    assert right[0] > 0.9
+    assert float(np.abs(wanted - found).mean()) < 0.01 * float(wanted.std())
+
+
+def test_simulation_and_graph_are_compared_when_it_is_written(made: Made, graph: tuple[Path, dict[str, Any]]) -> None:
+    found = graph[1]["simulated"]
+    assert found["samples"] == 143
+    assert abs(found["simulated"] - found["graph"]) <= 1 / 143
+
+    class Wrong:
+        """A runtime that computes something else."""
+
+        def __init__(self, path: Path) -> None:
+            self.session = reference(path)
+            self.close = self.session.close
+
+        def __call__(self, given: Arrays) -> Arrays:
+            return {name: -value for name, value in self.session(given).items()}
+
+    with pytest.raises(ParityError, match=r"of the graph, 0\.\d+ of the simulated network"):
+        qad.write(
+            made.network, made.folder / "work" / state.FILE, made.rules,
+            recovery(made.network, trainings.handwritten()), cast("Any", Wrong), preprocessing=True, opset=19,
+            path=made.folder / "wrong.onnx",
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the module that is trained
+
+
+def small(rules: QuantizationRules = HOST, **keep: Any) -> tuple[Simulation, tuple[Tensor, ...]]:
+    network = networks.small()
+    args, specs = graph_inputs(network, networks.samples(network.inputs, 8), preprocessing=True)
+    simulation = Simulation(capture(network, args, specs, preprocessing=True), rules, **keep)
+    simulation.observe([args])
+    set_activations(simulation, "minmax")
+    set_weights(simulation, "minmax")
+    return simulation, args
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_gradients_reach_every_weight_and_are_finite(rules: QuantizationRules) -> None:
+    simulation, args = small(rules)
+    rounded = Rounded(simulation)
+    rounded(*args).square().sum().backward()
+    gradients = {name: value.grad for name, value in rounded.values.items()}
+    assert all(each is not None and bool(torch.isfinite(each).all()) for each in gradients.values())
+    weights = [each for each in gradients.values() if each is not None and each.dim() > 1]
+    assert len(weights) == len(simulation.quantized)
+    assert all(bool(each.abs().sum() > 0) for each in weights)
+    assert all(value.grad is None for value in simulation.graph.parameters())
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_module_gives_what_the_simulation_gives_before_and_after(rules: QuantizationRules) -> None:
+    simulation, args = small(rules)
+    rounded, wanted = Rounded(simulation), simulation.logits(args, quantized=True)
+    with torch.no_grad():
+        torch.testing.assert_close(rounded(*args), wanted, rtol=0, atol=0.05)  # w / s · s may be rounded otherwise
+        for value in rounded.values.values():
+            value.add_(torch.linspace(-3, 3, value.numel()).reshape(value.shape) if value.dim() else 2.0)
+        moved = rounded(*args)
+        assert torch.equal(simulation.logits(args, quantized=True), wanted), "nothing was written back yet"
+        rounded.write_back()
+    assert not torch.allclose(moved, wanted, atol=0.05)
+    torch.testing.assert_close(simulation.logits(args, quantized=True), moved, rtol=0, atol=1e-3)  # biases are integers
+    assert torch.equal(simulation.logits(args, quantized=False), small(rules)[0].logits(args, quantized=False))
+
+
+def test_it_computes_in_float32_under_autocast_and_is_the_same_in_training() -> None:
+    simulation, args = small()
+    rounded = Rounded(simulation)
+    wanted = rounded.eval()(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rounded.train()(*args)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+
+
+def test_range_gradient_is_that_of_the_step_size() -> None:
+    simulation, _ = small()
+    site = next(each for each in simulation.sites if each.kind == "output")
+    site.quantizer.set_range(torch.tensor(0.0), torch.tensor(255.0))  # steps of one
+    rounded = Rounded(simulation)
+    name, value = next((n, v) for n, v in rounded.values.items() if n == f"range/{simulation.sites.index(site)}")
+    x = torch.tensor([0.4, 1.7, 300.0, -5.0], requires_grad=True)
+    with simulation.simulating(), rounded._learning():
+        site.quantizer(x).backward(torch.tensor([1.0, 10.0, 100.0, 1000.0]))
+    # d y / d ln s: round(x) - x within, the end of the range beyond it (Esser et al., eq. 3)
+    assert value.grad is not None
+    assert value.grad.item() == pytest.approx(0.03 * (-0.4 + 10 * 0.3 + 100 * 255 + 1000 * 0), rel=1e-5), name
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 10, 0, 0]
+
+
+def test_layers_kept_in_float_are_left_alone() -> None:
+    simulation, args = small(keep_float={"stem"})
+    rounded = Rounded(simulation)
+    before = simulation.float_weight(simulation.layer("stem.0")).clone()
+    assert not any("stem" in name for name in rounded.values)
+    rounded(*args).sum().backward()
+    rounded.write_back()
+    assert torch.equal(simulation.weight(simulation.layer("stem.0")), before)
+
+
+def test_graphs_of_one_sample_and_graphs_without_integers_are_refused() -> None:
+    torch.manual_seed(0)
+    network = Network(networks.BatchOfOne(), networks.IMAGE[:0] or _floats(8), None)
+    args, specs = graph_inputs(network, networks.samples(network.inputs, 3), preprocessing=True)
+    program = capture(network, args, specs, preprocessing=True)
+    assert program.why_static is not None
+    with pytest.raises(ModelError, match="one sample at a time"):
+        Rounded(Simulation(program, HOST))
+    simulation, _ = small(keep_float={"stem", "depthwise", "squeeze", "project", "head"})
+    with pytest.raises(ModelError, match="nothing to train"):
+        Rounded(simulation)
+
+
+def _floats(width: int) -> tuple[Any, ...]:
+    return (replace(networks.sensors().inputs[1], name="x", shape=("batch", width)),)
+
+
+# ---------------------------------------------------------------- other networks
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_several_inputs_of_which_one_is_tokens(rules: QuantizationRules, tmp_path: Path) -> None:
+    data, network = trainings.two_inputs(96), trainings.two_input_network(0)
+    quantize.quantize(
+        network, Calibration(data), rules, opset=19, preprocessing=True, path=tmp_path / "ptq.onnx", say=silent,
+        method=("minmax",), task=trainings.task(), keep=tmp_path / "start",
+    )  # fmt: skip
+    teachers, work = recovery(network, data, epochs=1, batch_size=32), tmp_path / "work"
+    work.mkdir()
+    meta = qad.train(network, tmp_path / "start", rules, teachers, KD, preprocessing=True, work=work, say=silent)
+    assert meta["steps"] == 3
+    found = qad.write(
+        network, work / state.FILE, rules, teachers, reference, preprocessing=True, opset=19,
+        path=tmp_path / "qad.onnx",
+    )  # fmt: skip
+    assert cast("Any", found["simulated"])["samples"] == 96
+
+
+# ---------------------------------------------------------------- which losses, which result
+
+
+def test_losses_of_layers_are_left_out_and_the_tasks_own_stand_in() -> None:
+    task = trainings.task()
+
+    def trained(*names: str) -> Artifact:
+        return Artifact("student", "k", Path(), {"losses": {"student": [{"name": name} for name in names]}})
+
+    def kept(artifact: Artifact) -> list[str]:
+        return [term.part.name for term in qad.terms(artifact, task)]
+
+    assert kept(trained("kd", "srd", "ce")) == ["kd", "ce"]
+    assert kept(trained("hint")) == [term.part.name for term in task.losses]
+    assert kept(Artifact("weights", "k", Path(), {})) == [term.part.name for term in task.losses]
+
+
+def test_the_one_that_loses_less_is_better() -> None:
+    loss = Loss(100, 20.0, 0.1, 0.05, expected_drop=0.01, drop=0.02, drop_error=0.01)
+    assert qad.better(replace(loss, drop=0.0, expected_drop=0.02), loss)
+    assert not qad.better(replace(loss, drop=0.04, expected_drop=0.0), loss)
+    assert qad.better(replace(loss, drop=0.025, expected_drop=0.005), loss), "half a standard error tells nothing"
+    assert not qad.better(loss, loss)
+    assert not qad.better(replace(loss, drop=None, expected_drop=0.02), replace(loss, drop=None))
+    assert qad.better(replace(loss, drop=None, expected_drop=0.0), replace(loss, drop=None))
+
+
+def test_key_depends_on_what_is_trained_and_not_on_the_disk() -> None:
+    data, network = trainings.handwritten(), networks.small()
+    plain = recovery(network, data)
+
+    def key(which: qad.Recovery, losses: tuple[LossTerm, ...] = KD) -> str:
+        return json.dumps(qad.identity(which, losses), sort_keys=True)
+
+    assert key(plain) == key(replace(plain, options=replace(plain.options, cache_gb=1.0)))
+    assert key(plain) != key(replace(plain, options=replace(plain.options, epochs=4)))
+    assert key(plain) != key(replace(plain, seed=1))
+    assert key(plain) != key(plain, (loss_term("ce", "loss"),))
+
+
+# ---------------------------------------------------------------- as compress uses it
+
+RECIPE = """
+name = "small"
+[data]
+name = "digits"
+[teacher]
+model = "resnet8"
+[teacher.train]
+epochs = 2
+precision = "fp32"
+[student]
+model = "dscnn"
+width = 0.25
+[distill]
+epochs = 2
+precision = "fp32"
+[quantize]
+precisions = ["fp32", "int8"]
+method = ["minmax"]
+max_drop = 0.0
+qad = "{qad}"
+"""
+
+
+def test_compress_teaches_again_where_int8_loses_too_much_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    notes, reports = {}, {}
+    for choice in ("auto", "off"):
+        (tmp_path / "edgekd.toml").write_text(RECIPE.format(qad=choice))
+        assert call("compress", "--quick", "--max-drop", "100%", "--target", "host") == 0
+        reports[choice] = json.loads((tmp_path / "runs" / "small" / "report.json").read_text())
+        notes[choice] = [text for text in reports[choice]["notes"] if "quantization-aware distillation" in text]
+    assert notes["off"] == []
+    (note,) = notes["auto"]
+    assert note.startswith("host: student-int8: quantization-aware distillation (1 epochs, ")
+    built = sorted(path.name.partition("-")[0] for path in (tmp_path / ".edgekd").iterdir())
+    kept = note.endswith(": kept")
+    assert built.count("qad") == 1
+    assert built.count("int8") == 1 + kept
+    rows = {name: {row["id"]: row for row in report["variants"]} for name, report in reports.items()}
+    shas = [rows[name]["host/student-int8"]["sha256"] for name in ("auto", "off")]
+    assert (shas[0] != shas[1]) == kept
+    assert "qad_epochs = 1" in (tmp_path / "runs" / "small" / "recipe.toml").read_text()
