@@ -28,7 +28,7 @@ def save(simulation: Simulation, path: Path) -> None:
         tensors[f"low:{site}"], tensors[f"high:{site}"] = low, high
     rewritten, adjusted = simulation.rewritten(), simulation.adjusted()
     for layer in simulation.layers:
-        for part, own in (("weight", layer.weight), ("bias", simulation.bias_path(layer))):
+        for part, own in (("weight", layer.weight), ("bias", simulation.bias_path(layer) or "")):
             if own in rewritten:
                 tensors[f"float {part}:{layer.node.name}"] = rewritten[own]
             if own in adjusted:

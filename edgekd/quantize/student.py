@@ -80,7 +80,7 @@ class Rounded(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Torch moves a module by this; what the simulation computes with goes with it."""
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.values[next(iter(self._layers))].device
         self.simulation.to(device)
         for name, (quantizer, (low, high)) in self._ranges.items():
@@ -100,7 +100,8 @@ class Rounded(nn.Module):
 
     def _value(self, name: str) -> Tensor:
         """A weight or bias of the graph."""
-        return self.values[name] * self.get_buffer(f"unit of {name}")
+        value: Tensor = self.values[name] * self.get_buffer(f"unit of {name}")
+        return value
 
     def _add(self, layer: Layer) -> None:
         assert layer.site is not None
@@ -134,6 +135,8 @@ def _stretched(ends: Range, value: Tensor) -> Range:
 
 def _rounded(quantizer: FakeQuantizer, ends: Range, value: Tensor, x: Tensor) -> Tensor:
     scale, zero = quantizer.parameters_of(*_stretched(ends, value))
+    if not math.isfinite(float(scale)):
+        return x * float(scale)  # of a training that diverges, which its loss then says
     result: Tensor = _Round.apply(x, value, float(scale), int(zero), quantizer.quant_min, quantizer.quant_max)
     return result
 
