@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from edgekd import plugins, recipe, report, target, types
+from edgekd import outcome, plugins, recipe, report, target, types
 from edgekd.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -296,6 +296,11 @@ def _report() -> Iterator[str]:
         types.Estimate,
         types.Budget,
         types.Verdict,
+        outcome.Limit,
+        outcome.Nearest,
+        outcome.Front,
+        outcome.Search,
+        outcome.Candidate,
         types.Training,
         types.LossTerm,
         types.Part,
