@@ -305,6 +305,8 @@ def _report() -> Iterator[str]:
         outcome.Front,
         outcome.Search,
         outcome.Candidate,
+        types.Sensitivity,
+        types.LayerSensitivity,
         types.Training,
         types.LossTerm,
         types.Part,
