@@ -116,17 +116,17 @@ def test_trained_and_ptq(tmp_path: Path, few: Path) -> None:
     assert [file.name for file in weights.parent.iterdir()] == [weights.name]
     assert run("trained.py", tmp_path, *options)[0] == trained
     (tmp_path / "results.jsonl").unlink()
-    options += ("--tools", "edgekd", "--quick", "--latencies", str(tmp_path / "latencies.jsonl"))
-    rows, printed = run("ptq.py", tmp_path, *options)
+    more = (*options, "--tools", "edgekd", "--quick", "--latencies", str(tmp_path / "latencies.jsonl"))
+    rows, printed = run("ptq.py", tmp_path, *more)
     (found,) = rows[0]["variants"].values()
     assert found["drop"]["value"] == pytest.approx(found["fp32"] - found["accuracy"]["value"])
     assert found["nodes"]["QuantizeLinear"] > 0
     (times,) = [json.loads(line) for line in (tmp_path / "latencies.jsonl").read_text().splitlines()]
     assert set(times["p50_ms"]) == {"fp32", "edgekd auto"}
     assert "| resnet20 | edgekd auto |" in printed
-    assert run("ptq.py", tmp_path, *options)[0] == rows
+    assert run("ptq.py", tmp_path, *more)[0] == rows
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))  # another network: its results are others
-    assert len(run("ptq.py", tmp_path, *options)[0]) == 2
+    assert len(run("ptq.py", tmp_path, *more)[0]) == 2
 
 
 def test_ptq_table(tmp_path: Path) -> None:
