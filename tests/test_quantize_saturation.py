@@ -115,6 +115,19 @@ def test_a_loss_is_told_in_steps_of_the_output(tmp_path: Path) -> None:
     assert (fine.clipped, fine.steps, fine.matters) == (0, 0, False)
 
 
+def test_padding_that_the_runtime_works_out(tmp_path: Path) -> None:
+    model = layer(np.full((4, 4, 3, 3), 127, np.int8))
+    del model.graph.node[3].attribute[:]
+    model.graph.node[3].attribute.append(helper.make_attribute("auto_pad", "SAME_UPPER"))
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim[2:]:
+            dim.dim_value = 2
+    path = saved(model, tmp_path / "m.onnx")
+    given = {"x": np.full((2, 4, 2, 2), 255, np.uint8)}  # smaller than the kernel
+    (found,) = losses(path, given).values()
+    assert found.matters
+
+
 def test_depthwise_and_small_weights_are_not_exposed(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     assert exposed(layer(random.integers(-127, 128, (8, 4, 3, 3)).astype(np.int8))) == ("conv_0",)
