@@ -91,9 +91,9 @@ def weights_rows(sources: Mapping[Stage, Source], shop: Workshop, task: Task) ->
     """
     test = shop.data.test
     truth = accuracy.labels(test)
-    known = {source.weights.key: source.network for source in sources.values()}  # one network may be both
-    by_key = {key: _outputs(network, test, task) for key, network in known.items()}
-    outputs = {stage: by_key[source.weights.key] for stage, source in sources.items()}
+    known = {id(source.network): source.network for source in sources.values()}  # one may be both
+    given = {key: _outputs(network, test, task) for key, network in known.items()}
+    outputs = {stage: given[id(source.network)] for stage, source in sources.items()}
     teacher = outputs["teacher"]
     examiner = Examiner(test, truth, task, _scores(task, teacher, truth), task.decisions(teacher), shop.say)
     rows = []

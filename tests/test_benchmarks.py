@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -98,3 +99,16 @@ def test_cache(tmp_path: Path, shared_data: Path) -> None:
     assert [row["answers_computed"] > 0 for row in parts["replay"]] == [True, False, False, False, False]
     assert all(row["equal_to_first"] for row in parts["weights"])
     assert parts["memory"][0]["outcome"] == "trained"
+
+
+def test_vnni(tmp_path: Path, shared_data: Path) -> None:
+    if shutil.which("qemu-x86_64") is None:
+        pytest.skip("qemu-x86_64 is not installed")
+    options = ("--images", "20", "--calibration", "64", "--models", "resnet20")
+    rows, printed = run("vnni.py", tmp_path, "--data", str(shared_data), *options)
+    for row in rows:
+        if row["settings"]["part"] == "layers":
+            exact = row["settings"]["cpu"] == "here" or row["settings"]["layer"].startswith("depthwise")
+            assert row["differ_from_exact" if exact else "differ_from_clipped"] == 0
+    assert "| resnet20 | edgekd | Haswell | 20 |" in printed
+    assert run("vnni.py", tmp_path, "--data", str(shared_data), *options)[0] == rows
