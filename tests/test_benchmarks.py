@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -167,3 +168,16 @@ def test_end_to_end_table(tmp_path: Path) -> None:
     _, printed = run("end_to_end.py", tmp_path, "--table")
     assert "| teacher | 90.00 | +0.00 | 1 | 9.000 | 9.00 (8.50 … 9.50) |" in printed
     assert "drop: reached, over_teacher: reached" in printed
+
+
+def test_vnni(tmp_path: Path, shared_data: Path) -> None:
+    if shutil.which("qemu-x86_64") is None:
+        pytest.skip("qemu-x86_64 is not installed")
+    options = ("--images", "20", "--calibration", "64", "--models", "resnet20")
+    rows, printed = run("vnni.py", tmp_path, "--data", str(shared_data), *options)
+    for row in rows:
+        if row["settings"]["part"] == "layers":
+            exact = row["settings"]["cpu"] == "here" or row["settings"]["layer"].startswith("depthwise")
+            assert row["differ_from_exact" if exact else "differ_from_clipped"] == 0
+    assert "| resnet20 | edgekd | Haswell | 20 |" in printed
+    assert run("vnni.py", tmp_path, "--data", str(shared_data), *options)[0] == rows
