@@ -67,8 +67,10 @@ def validated(value: object, hint: Any, where: str, *, error: type[EdgekdError] 
     try:
         return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as problem:
-        first = problem.errors(include_url=False)[0]
-        inner = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"])
+        # Of a union, the member that the value fits best; its name is none of the user's.
+        first = max(problem.errors(include_url=False), key=lambda error: len(error["loc"]))
+        steps = [step for step in first["loc"] if isinstance(step, int) or "[" not in step]
+        inner = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
         message = first["msg"][0].lower() + first["msg"][1:]
         raise error(f"{json.dumps(value, default=str)} does not fit: {message}", where=where + inner) from None
 

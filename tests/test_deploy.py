@@ -169,3 +169,12 @@ def test_a_precision_that_the_target_does_not_take_is_told(place: Path) -> None:
         "host/teacher-fp32", "host/student-fp32", "host/student-int8",
     }  # fmt: skip
     assert any("fp16 is asked for" in note for note in report["notes"])
+
+
+def test_what_int8_leaves_in_float_and_how_it_was_come_to_is_told(place: Path) -> None:
+    own = '[quantize]\nmethod = ["mse", "bias"]\nfloat_layers = ["conv1"]\n'
+    report = _compress(place, HEAD.format(**DIGITS) + own, "--target", "host")
+    told = [note for note in report["notes"] if note.startswith("student-int8")]
+    assert any("keeps in float: conv1 (chosen to stay in float)" in note for note in told)
+    assert any("kept: mse + bias: expected drop" in note and "measured" in note for note in told)
+    assert 'method = [\n    "mse",\n    "bias",\n]' in (place / "runs" / "small" / "recipe.toml").read_text()

@@ -222,6 +222,9 @@ def test_the_resolved_recipe_reruns_the_same_run(tmp_path: Path) -> None:
         (("[student]", '[[loss]]\nname = "kd"\ntemprature = 2\n[student]'), r"loss\[0\]: unknown option 'temprature'"),
         (("[student]", '[[loss]]\nname = "kd"\nweight = -1\n[student]'), r"loss\[0\].weight: -1 does not fit"),
         (("[student]", '[quantize]\nprecisions = ["int4"]\n[student]'), "quantize.precisions"),
+        (("[student]", '[quantize]\nmethod = "atuo"\n[student]'), r"quantize.method.*\"atuo\" does not fit"),
+        (("[student]", '[quantize]\nmethod = ["entropy"]\n[student]'), "quantize.method.*entropy.* does not fit"),
+        (("[student]", "[quantize]\nmax_drop = -0.1\n[student]"), "quantize.max_drop: -0.1 does not fit"),
         (("[student]", "[student"), "not valid TOML"),
     ],
 )  # fmt: skip
@@ -317,3 +320,14 @@ def test_init_writes_a_recipe_that_loads_and_never_overwrites(tmp_path: Path) ->
     assert recipe.load(tmp_path / "recipes" / "own.toml").task.data.options["path"] == str(tmp_path / "my images")
     with pytest.raises(RecipeError, match="quote"):
         init(tmp_path / "other.toml", **(options | {"data": 'a"b'}))
+
+
+def test_how_int8_is_come_to_is_in_the_recipe_and_reruns(tmp_path: Path) -> None:
+    plain = _load(tmp_path, SMALL).quantize
+    assert (plain.method, plain.max_drop, plain.float_layers) == ("auto", 0.005, ())
+    own = '[quantize]\nmethod = ["mse", "bias"]\nmax_drop = 0.01\nfloat_layers = ["layer1.0", "linear"]\n'
+    read = _load(tmp_path, SMALL + own)
+    assert read.quantize.method == ("mse", "bias")
+    assert read.quantize.float_layers == ("layer1.0", "linear")
+    again = _load(tmp_path, read.to_toml(tmp_path))
+    assert again.quantize == read.quantize
