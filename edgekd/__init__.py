@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Distiller", "EdgekdError", "distill", "load", "match"]
+__all__ = ["Distiller", "EdgekdError", "distill", "load", "match", "prune", "quantize_model"]
 
 if TYPE_CHECKING:
     from edgekd.bundle.load import load
     from edgekd.correspondence import match
-    from edgekd.direct import distill
+    from edgekd.direct import distill, prune, quantize_model
     from edgekd.distillation import Distiller
     from edgekd.errors import EdgekdError
 
@@ -21,6 +21,8 @@ _HOMES = {
     "distill": "edgekd.direct",
     "load": "edgekd.bundle.load",
     "match": "edgekd.correspondence",
+    "prune": "edgekd.direct",
+    "quantize_model": "edgekd.direct",
 }
 
 

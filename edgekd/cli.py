@@ -79,7 +79,21 @@ _budget = _options(
     ),
     click.option("--max-latency", metavar="TIME", help="Median latency of one sample, e.g. 5ms."),
     click.option("--max-size", metavar="SIZE", help="Size of the model file, e.g. 4MB."),
+    click.option("--max-memory", metavar="SIZE", help="Peak memory of inference, as measured on this machine."),
 )
+_time_budget = click.option(
+    "--time-budget", metavar="TIME", help="Wall-clock bound of the run, e.g. 20m: what does not fit is left out."
+)
+_search = _options(
+    click.option("--search", "search", type=int, metavar="N", help="Try N students: widths, or how much is pruned."),
+    click.option(
+        "--search-epochs", type=int, metavar="N", help="Epochs of a candidate; those on the front are trained in full."
+    ),
+    click.option(
+        "--search-storage", metavar="PLACE",
+        help="File or database URL of the search, for several processes to join; left out: a file beside the report.",
+    ),
+)  # fmt: skip
 
 
 @cli.command()
@@ -111,33 +125,45 @@ def init(data: str, path: Path, name: str | None, teacher: str, student: str, ta
 @_store
 @_seed
 @_budget
+@_time_budget
+@_search
 @_threads
 @_quick
 @_json
 @_verbose
 def compress(
     recipe: Path | None, targets: tuple[str, ...], out: Path | None, store: Path, seed: int | None,
-    max_drop: str | None, max_latency: str | None, max_size: str | None,
-    threads: int, quick: bool, as_json: bool, verbose: bool,
+    time_budget: str | None, search: int | None, search_epochs: int | None, search_storage: str | None,
+    threads: int, quick: bool, as_json: bool, verbose: bool, **limits: str | None,
 ) -> int:  # fmt: skip
     """Distil, export, quantize, check, measure, report and bundle, as RECIPE says.
 
     Left out, RECIPE is ./edgekd.toml; where there is none, the built-in recipe runs on handwritten digits.
     """
     from edgekd import target as target_files
-    from edgekd.recipe import overridden
+    from edgekd import units
+    from edgekd.clock import Deadline
+    from edgekd.recipe import overridden, search_of
     from edgekd.store import make_folder
 
-    read = overridden(_recipe(recipe), seed=seed, max_drop=max_drop, max_latency=max_latency, max_size=max_size)
+    deadline = Deadline(None if time_budget is None else units.seconds(time_budget, "--time-budget"))
+    plan = search_of(search, search_epochs, search_storage)
+    read = overridden(_recipe(recipe), seed=seed, **limits)
     found = [target_files.load(name) for name in (targets or ("host",))]
     wanted = list({target.name: target for target in found}.values())  # one named twice is made once
     folder = make_folder(out or Path("runs") / read.name)
     with _told_in(folder / "log.jsonl", verbose) as say:
-        from edgekd.pipeline import compress as run
-
         if recipe is None and read.source == "built-in recipe":
             say("note", text="no edgekd.toml here: the built-in recipe runs; `edgekd init` writes one of your own")
-        report = run(read, wanted, folder, store=store, threads=threads, quick=quick, say=say)
+        how: dict[str, Any] = {"store": store, "threads": threads, "quick": quick, "deadline": deadline, "say": say}
+        if plan is None:
+            from edgekd.pipeline import compress as run
+
+            report = run(read, wanted, folder, **how)
+        else:
+            from edgekd.search.run import search as run_search
+
+            report = run_search(read, wanted, folder, plan=plan, **how)
     return _told(report, folder, as_json)
 
 
@@ -156,21 +182,105 @@ def distill(
 
     It takes what `compress` takes, and recipes of several tasks as well.
     """
+    from edgekd import target as target_files
     from edgekd.recipe import overridden
     from edgekd.store import make_folder
 
-    read = overridden(_recipe(recipe), seed=seed, max_drop=None, max_latency=None, max_size=None)
+    read = overridden(_recipe(recipe), seed=seed)
     folder = make_folder(out or Path("runs") / read.name)
     with _told_in(folder / "log.jsonl", verbose) as say:
         from edgekd.pipeline import distill as run
         from edgekd.pipeline import distilled_text
 
-        found = run(read, folder, store=store, quick=quick, say=say)
+        found = run(read, folder, store=store, quick=quick, say=say, targets=[target_files.load("host")])
     if here().first:
         click.echo(distilled_text(found, folder), err=True)
     if here().first and as_json:
         click.echo(json.dumps(found, indent=1))
     return DONE
+
+
+@cli.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@click.option("--macs", metavar="FRACTION", help="Multiply-accumulates to keep, e.g. 50%.")
+@click.option("--parameters", metavar="FRACTION", help="Parameters to keep, e.g. 30%.")
+@click.option("--size", metavar="SIZE", help="Of the fp32 weights file, at most, e.g. 2MB.")
+@click.option("--latency", metavar="TIME", help="Of one sample in fp32 on one thread here, at most, e.g. 2ms.")
+@_targets
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the results; left out: runs/<name>.")
+@_store
+@_seed
+@_quick
+@_json
+@_verbose
+def prune(
+    recipe: Path | None, macs: str | None, parameters: str | None, size: str | None, latency: str | None,
+    targets: tuple[str, ...], out: Path | None, store: Path, seed: int | None, quick: bool, as_json: bool,
+    verbose: bool,
+) -> int:  # fmt: skip
+    """Cut a student out of the teacher of RECIPE, and distil it: student.safetensors, its shapes, and prune.json.
+
+    A goal given here counts instead of the recipe's [prune]; the recipe's own student is left out where it is another
+    network. Channels are kept in multiples that the kernels of the targets like.
+    """
+    from edgekd import recipe as recipes
+    from edgekd import target as target_files
+    from edgekd.goals import goals_of
+    from edgekd.store import make_folder
+
+    read = recipes.overridden(_recipe(recipe), seed=seed)
+    read = recipes.pruned(read, goals_of(macs, parameters, size, latency))
+    wanted = [target_files.load(name) for name in (targets or ("host",))]
+    folder = make_folder(out or Path("runs") / read.name)
+    with _told_in(folder / "log.jsonl", verbose) as say:
+        from edgekd.pipeline import distill as run
+        from edgekd.pipeline import distilled_text
+
+        name = "prune.json"
+        found = run(read, folder, store=store, quick=quick, say=say, targets=wanted, name=name)
+    if here().first:
+        click.echo(distilled_text(found, folder, name), err=True)
+    if here().first and as_json:
+        click.echo(json.dumps(found, indent=1))
+    return DONE
+
+
+@cli.command()
+@click.argument("source", required=False, type=click.Path(path_type=Path), metavar="[RECIPE | MODEL.onnx]")
+@_targets
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Of an .onnx file: samples (folder or zip of images, .npz)."
+)
+@click.option("--mean", metavar="NUMBERS", help="Of an .onnx file that takes float images: 0.485,0.456,0.406.")
+@click.option("--std", metavar="NUMBERS", help="The same: 0.229,0.224,0.225, of values in [0, 1].")
+@click.option("--precision", "precisions", multiple=True, help="What to make; left out: what the target allows.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the results; left out: runs/<name>.")
+@_store
+@_seed
+@_budget
+@_threads
+@_quick
+@_json
+@_verbose
+def quantize(
+    source: Path | None, targets: tuple[str, ...], data: Path | None, mean: str | None, std: str | None,
+    precisions: tuple[str, ...], out: Path | None, store: Path, seed: int | None, threads: int, quick: bool,
+    as_json: bool, verbose: bool, **limits: str | None,
+) -> int:  # fmt: skip
+    """Quantize a trained model as it is, without a student: the [teacher] of RECIPE, or MODEL.onnx with --data.
+
+    What is made is checked, measured beside the float model and reported; quantize.json says how it was made.
+    """
+    from edgekd import target as target_files
+    from edgekd.alone import asked, quantize_alone
+    from edgekd.store import make_folder
+
+    order = asked(source, data=data, mean=mean, std=std, precisions=precisions, seed=seed, **limits)
+    found = [target_files.load(name) for name in dict.fromkeys(targets or ("host",))]
+    folder = make_folder(out or Path("runs") / order.name)
+    with _told_in(folder / "log.jsonl", verbose) as say:
+        report = quantize_alone(order, found, folder, store=store, threads=threads, quick=quick, say=say)
+    return _told(report, folder, as_json)
 
 
 @cli.command()
@@ -195,13 +305,13 @@ def bench(model: Path, others: tuple[Path, ...], threads: int, quick: bool, as_j
 @click.argument("run", type=click.Path(path_type=Path))
 @_budget
 @_json
-def report(run: Path, max_drop: str | None, max_latency: str | None, max_size: str | None, as_json: bool) -> int:
+def report(run: Path, as_json: bool, **limits: str | None) -> int:
     """Write the report of RUN (a run folder) anew, e.g. against another budget. Nothing is built or measured."""
     from edgekd import report as reports
     from edgekd.recipe import budget_of
 
     found = reports.load(run / "report.json")
-    found = reports.rejudged(found, budget_of(found.budget, max_drop, max_latency, max_size))
+    found = reports.rejudged(found, budget_of(found.budget, **limits))
     reports.render(found, run)
     return _told(found, run, as_json)
 

@@ -1,24 +1,44 @@
-"""edgekd.distill(): a student taught by modules in hand, without a recipe."""
+"""edgekd.distill(), edgekd.prune() and edgekd.quantize_model(): modules in hand, without a recipe."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from edgekd import data as sources
-from edgekd import distillation, models, plugins, toml
+from edgekd import distillation, models, plugins, pruning, toml
 from edgekd.bench import accuracy
 from edgekd.data.samples import Reading, wrapped
 from edgekd.distillation import Teacher
+from edgekd.errors import DataError, ModelError, RecipeError
+from edgekd.goals import Prune
 from edgekd.models.network import Network
+from edgekd.outcome import Pruning
 from edgekd.recipe import loss_term
 from edgekd.store import make_folder
-from edgekd.types import Augment, Dataset, Interval, Json, LossTerm, ModelSpec, Part, Say, Task, TrainOptions
+from edgekd.types import (
+    Augment,
+    Dataset,
+    Interval,
+    Json,
+    LossTerm,
+    ModelSpec,
+    Parity,
+    Part,
+    Precision,
+    Preprocessing,
+    Say,
+    Target,
+    Task,
+    TensorSpec,
+    TrainOptions,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +110,177 @@ def distill(
     return Distilled(
         student, built.metric, accuracy.mean(scores[1]), accuracy.mean(scores[0]), accuracy.drop(*scores), meta
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A network with channels cut out: the module in eval mode, and the account of it."""
+
+    module: nn.Module
+    account: Pruning
+
+
+def prune(
+    module: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    *,
+    batches: Iterable[Tensor | Sequence[Tensor]] | None = None,
+    loss: Callable[[nn.Module], Tensor] | None = None,
+    timer: Callable[[nn.Module], float] | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    **options: Any,
+) -> Pruned:
+    """Cut the least important channels out of a copy of a module, once; for a training loop of one's own.
+
+        made = edgekd.prune(model, images, macs=0.7, round_to=8)
+        distiller = edgekd.Distiller(model, made.module, images, losses=["kd", "hint"])
+
+    The result knows which channels it has kept, so that losses between layers compare it with the module it came from
+    channel by channel, however long it is trained.
+
+    Args:
+        example_inputs: some samples as the module takes them, batch first.
+        batches: training samples to estimate the statistics of batch normalisation from, as example_inputs are; None:
+            the old ones stay.
+        loss: of a module on some samples, for importance = "taylor".
+        timer: milliseconds that a module takes, for a goal of latency_ms.
+        seed: of importance = "random".
+        out: folder for weights.safetensors and shapes.json, which `edgekd.pruning.restore` reads.
+        options: as [prune] has them: one of macs, parameters, size_bytes and latency_ms; importance, global_ranking,
+            round_to, ignore.
+
+    Raises:
+        RecipeError: an option is unknown, or there is not one goal.
+        ModelError: the module cannot be traced, nothing in it can be cut, or the goal is out of reach.
+    """
+    asked = toml.read(Prune, options, "options of prune()")
+    where = "options of prune()"
+    if len(asked.goals) != 1:
+        given = ", ".join(asked.goals) or "none"
+        raise RecipeError(f"goals: {given}", where=where, expected="one of macs, parameters, size_bytes, latency_ms")
+    measure, goal = asked.goal
+    inputs = _tuple_of(example_inputs)
+    if measure == "latency_ms" and timer is None:
+        raise RecipeError("latency_ms needs a timer", where=where, fix="give timer=, milliseconds that a module takes")
+    macs, count = pruning.cost.macs(module.eval(), inputs), pruning.cost.parameters(module)
+    goal *= {"macs": macs, "parameters": count}.get(measure, 1)
+
+    def gradients(probe: nn.Module) -> None:
+        if loss is None:
+            raise RecipeError("'taylor' ranks by gradients", where=where, fix="give loss=, of a module on some samples")
+        loss(probe).backward()  # type: ignore[no-untyped-call]
+
+    made = pruning.prune(
+        module, inputs, measure, goal, asked, seed=seed, round_to=asked.round_to or 1, gradients=gradients,
+        timer=timer, batches=None if batches is None else lambda: map(_tuple_of, batches),
+    )  # fmt: skip
+    if out is not None:
+        pruning.write(made, make_folder(Path(out)))
+    account = Pruning(
+        measure=measure, goal=goal, before=made.before, after=made.after, importance=asked.importance,
+        round_to=asked.round_to or 1, rounds=1, macs_before=macs,
+        macs_after=pruning.cost.macs(made.module, inputs), parameters_before=count,
+        parameters_after=pruning.cost.parameters(made.module), layers=made.layers, left_alone=made.left_alone,
+    )  # fmt: skip
+    return Pruned(made.module, account)
+
+
+def _tuple_of(inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModel:
+    """A file, and how it was made: `parity` is with the float graph, on the first calibration samples."""
+
+    path: Path
+    precision: Precision
+    parity: Parity
+    account: Mapping[str, Json]  # what was quantized and what stays in float, by layer; a fallback with its reason
+
+
+def quantize_model(
+    model: nn.Module | str | Path,
+    calibration: Iterable[Any],
+    path: str | Path,
+    *,
+    target: str = "host",
+    precision: Precision = "int8",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    say: Say | None = None,
+) -> QuantizedModel:
+    """Write a trained model as a quantized ONNX file for a target.
+
+        edgekd.quantize_model(module, [batch for batch, _ in loader], "model-int8.onnx")
+
+    Args:
+        model: a module, or the path of a float32 ONNX file, which is quantized as ONNX.
+        calibration: batches of real inputs: an array or tensor, or several by name (of a module: in the order of its
+            arguments). Read more than once where it can be; an iterator is held in memory.
+        path: of the file to write.
+        precision: "int8" (static, calibrated), "w8" (int8 weights alone), "dynamic", "fp16" or "fp32".
+        mean, std: of a module that takes images, where batches are uint8, batch × height × width × channels: the
+            graph then takes bytes and normalises them. Left out: the graph takes what the module takes.
+
+    Raises:
+        EdgekdError: the model, a batch or the target does not fit; it says what, where and how to mend it.
+    """
+    from edgekd import onnx_file
+    from edgekd import target as targets
+
+    wanted = targets.load(target)
+    if precision not in (*wanted.precisions, "fp32"):
+        raise ModelError(f"{target} takes no {precision}", where="precision", expected=", ".join(wanted.precisions))
+    batches = [_named(batch) for batch in calibration]
+    if not batches:
+        raise DataError("there are no calibration samples", where="calibration", expected="at least one batch")
+    written = Path(path)
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+        work = Path(folder)
+        if isinstance(model, nn.Module):
+            account, parity = _module_form(
+                model, batches, wanted, precision, written, work, (mean, std), say or _silent
+            )
+        else:
+            if mean is not None or std is not None:
+                raise ModelError("mean and std are for modules", where=str(model), fix="normalise the batches")
+            account, parity = onnx_file.of_batches(Path(model), batches, wanted, precision, written, work)
+    return QuantizedModel(written, precision, parity, account)
+
+
+def _module_form(
+    module: nn.Module, batches: Sequence[dict[str, np.ndarray]], target: Target, precision: Precision, path: Path,
+    work: Path, normalised: tuple[Sequence[float] | None, Sequence[float] | None], say: Say,
+) -> tuple[dict[str, Json], Parity]:  # fmt: skip
+    """The quantized graph of a module; int8 in PyTorch, other forms of its float graph."""
+    from edgekd import export, onnx_file, quantize
+
+    first, (mean, std) = batches[0], normalised
+    specs = tuple(TensorSpec(name, str(a.dtype), ("batch", *a.shape[1:])) for name, a in first.items())
+    preprocessing = None
+    if mean is not None and std is not None:
+        if len(specs) != 1 or specs[0].dtype != "uint8" or len(specs[0].shape) != 4:
+            told = ", ".join(f"'{spec.name}' {spec.dtype} {spec.shape}" for spec in specs)
+            raise ModelError(f"batches are {told}", where="mean and std", expected="one uint8 input, channels last")
+        preprocessing = Preprocessing((first[specs[0].name].shape[1:3]), tuple(mean), tuple(std))
+    network = Network(module.eval(), specs, preprocessing).cpu()
+    fp32 = work / "fp32.onnx"
+    opset, inside = target.opset, preprocessing is not None
+    static = export.export(network, first, opset=opset, preprocessing=inside, path=fp32, say=say)
+    if precision != "int8":
+        return onnx_file.of_graph(fp32, batches, target, precision, path)
+    meta = quantize.quantize(
+        network, batches, target.quantization, opset=opset, preprocessing=inside, path=path, say=say
+    )  # fmt: skip
+    return onnx_file.checked(fp32, batches, target, path, meta | static)
+
+
+def _named(batch: Any) -> dict[str, np.ndarray]:
+    named = batch if isinstance(batch, Mapping) else {"x": batch}
+    arrays = {str(name): value.detach().cpu() if isinstance(value, Tensor) else value for name, value in named.items()}
+    return {name: np.asarray(value) for name, value in arrays.items()}
 
 
 def _data(data: Any, task: Task, seed: int) -> Dataset:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from edgekd import plugins
 from edgekd import target as target_files
-from edgekd.bench.conditions import environment
+from edgekd.bench.conditions import environment, without_vnni
 from edgekd.types import Backend, Json
 
 
@@ -16,10 +16,11 @@ class Examination:
 
     environment: dict[str, Json]
     targets: dict[str, str | None]
+    warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Json]:
         """The same facts as one JSON object."""
-        return {"environment": self.environment, "targets": dict(self.targets)}
+        return {"environment": self.environment, "targets": dict(self.targets), "warnings": [*self.warnings]}
 
     def as_text(self) -> str:
         """The same facts as lines to read."""
@@ -29,7 +30,7 @@ class Examination:
                 "builds and runs here" if reason is None else f"exports only; nothing is built or timed here: {reason}"
             )
             lines.append(f"  {name}: {state}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
 
 def examine() -> Examination:
@@ -39,7 +40,9 @@ def examine() -> Examination:
         target = target_files.load(name)
         backend: Backend = plugins.build("backends", target.backend, where=f"targets/{name}.toml: backend")
         targets[name] = backend.available()
-    return Examination(environment(), targets)
+    facts = environment()
+    slow = without_vnni(facts)
+    return Examination(facts, targets, (slow,) if slow else ())
 
 
 def _lines(facts: Json, indent: str = "") -> list[str]:

@@ -27,7 +27,7 @@ FP32_TOLERANCE = 1e-3
 # Mean cosine between the logits of a sample in the two artifacts. float16 keeps 11 bits (measured: 0.99999); int8
 # keeps 8 and clips (measured: 0.995): below these the graph is wrong, above them accuracy on the test set decides.
 FP16_TOLERANCE = 3e-2  # of the largest logit (measured: 1e-3 for ResNet-20)
-COSINE = {"fp16": 0.999, "int8": 0.9}
+COSINE = {"fp16": 0.999, "int8": 0.9, "w8": 0.99, "dynamic": 0.9}
 
 
 def export(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from edgekd.recipe import TaskSpec
 from edgekd.store import sha256_of
 from edgekd.types import (
     Arrays,
+    Backend,
     Comparison,
     Dataset,
     Estimate,
@@ -91,24 +93,30 @@ def weights_rows(sources: Mapping[Stage, Source], shop: Workshop, task: Task) ->
     """
     test = shop.data.test
     truth = accuracy.labels(test)
-    outputs = {stage: _outputs(source.network, test, task) for stage, source in sources.items()}
-    teacher = outputs["teacher"]
+    teacher = _outputs(sources["teacher"].network, test, task)
     examiner = Examiner(test, truth, task, _scores(task, teacher, truth), task.decisions(teacher), shop.say)
-    rows = []
-    for stage, source in sources.items():
-        reason = "PyTorch is not what is deployed: see the rows of the targets"
-        names = ("latency_ms", "size_bytes", "macs", "peak_memory_bytes", "energy_mj", "parity")
-        rows.append(
-            examiner.row(
-                outputs[stage],
-                id=stage,
-                stage=stage,
-                runtime=f"torch {version('torch').partition('+')[0]}",
-                parameters=sum(p.numel() for p in source.network.module.parameters()),
-                missing=dict.fromkeys(names, reason),
-            )
-        )
+    rows = [
+        # the same network may be both: then it is run once
+        weights_row(examiner, stage, source, stage, teacher if source is sources["teacher"] else None)
+        for stage, source in sources.items()
+    ]
     return examiner, rows
+
+
+def weights_row(
+    examiner: Examiner, stage: Stage, source: Source, name: str, outputs: np.ndarray | None = None
+) -> Variant:
+    """A network as it is in PyTorch; `outputs` are its own on the test split, where they are known already."""
+    reason = "PyTorch is not what is deployed: see the rows of the targets"
+    names = ("latency_ms", "size_bytes", "macs", "peak_memory_bytes", "energy_mj", "parity")
+    return examiner.row(
+        _outputs(source.network, examiner.test, examiner.task) if outputs is None else outputs,
+        id=name,
+        stage=stage,
+        runtime=f"torch {version('torch').partition('+')[0]}",
+        parameters=sum(p.numel() for p in source.network.module.parameters()),
+        missing=dict.fromkeys(names, reason),
+    )
 
 
 class Taught(Protocol):
@@ -151,13 +159,21 @@ def task_figures(subject: Taught, teachers: Sequence[Source], student: Network) 
 
 
 def target_rows(
-    examiner: Examiner, made: Deployment, sources: Mapping[Stage, Source], shop: Workshop, *, threads: int, quick: bool
-) -> tuple[list[Variant], tuple[Comparison, ...], tuple[str, ...]]:
-    """Every graph of one target: its metric on the whole test split, latency in interleaved rounds, memory, bounds."""
+    examiner: Examiner, made: Deployment, sources: Mapping[Stage, Source], shop: Workshop, *, threads: int, quick: bool,
+    known: Mapping[str, Variant] | None = None,
+) -> tuple[list[Variant], tuple[Comparison, ...], tuple[str, ...]]:  # fmt: skip
+    """Every graph of one target: its metric on the whole test split, latency in interleaved rounds, memory, bounds.
+
+    Of a row that is `known` by its id the latency alone is measured anew.
+    """
     target = made.target
-    times, comparisons, notes = _latencies(made, sources, shop, threads=threads, quick=quick)
+    times, comparisons, notes = latencies(made, sources, shop, threads=threads, quick=quick)
     rows = []
     for graph in made.graphs:
+        name = row_id(target, graph)
+        if known and name in known:
+            rows.append(replace(known[name], latency_ms=times.get(name)))
+            continue
         source = sources["teacher" if graph.stage == "teacher" else "student"]
         session = _session(made, graph, threads=os.cpu_count() or 1)
         runtime = session.runtime
@@ -167,8 +183,32 @@ def target_rows(
             outputs = str(problem)
         finally:
             session.close()
-        rows.append(_row(examiner, made, graph, outputs, runtime, times.get(row_id(target, graph)), source, shop))
+        rows.append(_row(examiner, made, graph, outputs, runtime, times.get(name), source, shop))
     return rows, comparisons, notes
+
+
+def fastest(
+    backend: Backend, files: Sequence[Path], source: Source, *, shop: Workshop, threads: int, quick: bool
+) -> tuple[int, str]:
+    """Which of several files of one network is the fastest, timed in turns; one that comes later only where it is
+    faster for certain. Beside its index stands how that was found.
+    """
+    with ExitStack() as stack:
+        sessions = {}
+        for index, file in enumerate(files):
+            session = backend.load(file, threads)
+            stack.callback(session.close)
+            sessions[str(index)] = session
+        timing = latency.measure(sessions, _one_sample(source, shop), threads=threads, quick=quick, say=shop.say)
+    best = 0
+    for index in range(1, len(files)):
+        found = compare.compare(str(index), timing.series_ns[str(index)], str(best), timing.series_ns[str(best)])
+        best = index if found.verdict == "faster" else best
+    medians = [float(np.median(series)) / 1e6 for series in timing.series_ns.values()]
+    others = ", ".join(f"{median:.3g}" for index, median in enumerate(medians) if index != best)
+    sets = f"of {len(files)} sets of layers in float that hold, "
+    told = "it has the fewest, and none is faster" if best == 0 else "it is the fastest"
+    return best, f"{sets}{told}: {medians[best]:.3g} ms against {others} ms"
 
 
 def _row(
@@ -245,9 +285,15 @@ def _session(made: Deployment, graph: Graph, *, threads: int) -> Session:
     return made.backend.load(graph.file, threads) if _timed(made, graph) else reference(graph.file)
 
 
-def _latencies(
-    made: Deployment, sources: Mapping[Stage, Source], shop: Workshop, *, threads: int, quick: bool
-) -> tuple[dict[str, Latency], tuple[Comparison, ...], tuple[str, ...]]:
+def latencies(
+    made: Deployment, sources: Mapping[Stage, Source], shop: Workshop, *, threads: int, quick: bool,
+    wanted: Callable[[Sequence[str]], Sequence[tuple[str, str]]] | None = None,
+) -> tuple[dict[str, Latency], tuple[Comparison, ...], tuple[str, ...]]:  # fmt: skip
+    """Each graph that can be timed here, all of them in the same interleaved rounds.
+
+    Returns:
+        By row id; of the pairs that `wanted` makes of the ids (None: of all) which one is faster; what disturbed it.
+    """
     graphs = [graph for graph in made.graphs if _timed(made, graph)]
     if not graphs:
         return {}, (), ()
@@ -268,8 +314,9 @@ def _latencies(
     }
     for name, found in figures.items():
         shop.say("latency", id=name, p50=found.p50)
+    pairs = None if wanted is None else wanted(list(timing.series_ns))
     changed = conditions.changes(before, conditions.clocks())
-    return figures, compare.pairs(timing.series_ns), (*timing.notes, *changed)
+    return figures, compare.pairs(timing.series_ns, pairs), (*timing.notes, *changed)
 
 
 def _one_sample(source: Source, shop: Workshop) -> Arrays:

@@ -15,9 +15,11 @@ from annotated_types import Ge, Gt, Le, MinLen
 
 from edgekd import toml, units
 from edgekd.errors import RecipeError
+from edgekd.goals import Measure, Prune
 from edgekd.types import Augment, Budget, LossTerm, ModelSpec, Part, Precision, QuantizationMethod, TrainOptions
 
 DEFAULT_FILE = Path("edgekd.toml")
+PRUNED = "pruned"  # the model of a student that starts from its teacher's weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Quantize:
     method: Literal["auto"] | tuple[QuantizationMethod, ...] = "auto"  # auto: cheapest first, until it holds
     max_drop: Annotated[float, Ge(0), Le(1)] = 0.005  # of the metric against the float student, on held-out samples
     float_layers: tuple[str, ...] = ()  # paths of layers, or of modules around them, that int8 leaves in float
+    mixed: Literal["auto", "off"] = "auto"  # auto: where int8 loses more than max_drop, find layers to leave in float
     qad: Literal["auto", "off"] = "auto"  # auto: where int8 loses more than max_drop it is distilled anew, rounding
     qad_epochs: Annotated[int, Ge(1)] = 2  # of that distillation
 
@@ -82,6 +85,7 @@ class Recipe:
     quantize: Quantize
     budget: Budget
     source: str
+    prune: Prune | None = None  # of a student with model = "pruned"
 
     @property
     def task(self) -> TaskSpec:
@@ -148,40 +152,80 @@ class Recipe:
             "quantize": without_none(asdict(self.quantize)),
             "budget": without_none(asdict(self.budget)),
         }
+        if self.prune is not None:
+            table["prune"] = without_none(asdict(self.prune))
         return tomli_w.dumps(table)
 
 
-def load(path: Path) -> Recipe:
+def load(path: Path, *, alone: bool = False) -> Recipe:
     """The recipe in a TOML file.
+
+    Args:
+        alone: it may be of one model, [teacher], which then stands for the student too.
 
     Raises:
         RecipeError: the file is missing or not TOML, a key is unknown, missing, or of another type.
         PartError: a loss, model or data part does not exist, or does not take an option.
     """
-    return parse(toml.load(path), source=str(path), folder=path.resolve().parent)
+    table = toml.load(path)
+    if alone and isinstance(table.get("teacher"), Mapping):
+        table = {"student": {k: v for k, v in table["teacher"].items() if k not in ("train", "weight")}} | table
+    return parse(table, source=str(path), folder=path.resolve().parent)
 
 
-def overridden(
-    recipe: Recipe, *, seed: int | None, max_drop: str | None, max_latency: str | None, max_size: str | None
-) -> Recipe:
-    """The recipe with what the command line says instead."""
-    budget = budget_of(recipe.budget, max_drop, max_latency, max_size)
-    return replace(recipe, seed=recipe.seed if seed is None else seed, budget=budget)
+def overridden(recipe: Recipe, *, seed: int | None = None, **limits: str | None) -> Recipe:
+    """The recipe with what the command line says instead; `limits` are those of `budget_of`."""
+    return replace(recipe, seed=recipe.seed if seed is None else seed, budget=budget_of(recipe.budget, **limits))
 
 
-def budget_of(budget: Budget, max_drop: str | None, max_latency: str | None, max_size: str | None) -> Budget:
-    """The budget with the limits that the command line sets, as it writes them: "1%", "5ms", "4MB"."""
+def budget_of(
+    budget: Budget,
+    max_drop: str | None = None,
+    max_latency: str | None = None,
+    max_size: str | None = None,
+    max_memory: str | None = None,
+) -> Budget:
+    """The budget with the limits that the command line sets, as it writes them: "1%", "5ms", "4MB", "64MB"."""
     if max_drop is not None:
         budget = replace(budget, max_accuracy_drop=units.fraction(max_drop, "--max-drop"))
     if max_latency is not None:
         budget = replace(budget, max_latency_ms=units.milliseconds(max_latency, "--max-latency"))
     if max_size is not None:
         budget = replace(budget, max_size_bytes=units.size_bytes(max_size, "--max-size"))
+    if max_memory is not None:
+        budget = replace(budget, max_memory_bytes=units.size_bytes(max_memory, "--max-memory"))
     return budget
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPlan:
+    """How many students are tried, and where the trials are kept. It is of a command line, and in no recipe."""
+
+    candidates: int
+    epochs: int | None = None  # of a candidate; None: as many as the recipe's student
+    storage: str | None = None  # a file, or the URL of a database; None: a file in the run folder
+
+
+def search_of(candidates: int | None, epochs: int | None, storage: str | None) -> SearchPlan | None:
+    """What the command line says of a search; None where it asks for none.
+
+    Raises:
+        RecipeError: a number below 1, or options of a search without one.
+    """
+    for name, value in (("--search", candidates), ("--search-epochs", epochs)):
+        if value is not None and value < 1:
+            raise RecipeError(f"{value} is too few", where=name, expected="a number from 1")
+    if candidates is None:
+        for name, given in (("--search-epochs", epochs), ("--search-storage", storage)):
+            if given is not None:
+                raise RecipeError("there is no search", where=name, fix="say how many students to try: --search 12")
+        return None
+    return SearchPlan(candidates, epochs, storage)
 
 
 _SECTIONS = (
     "name", "seed", "task", "teacher", "data", "student", "loss", "distill", "augment", "export", "quantize", "budget",
+    "prune",
 )  # fmt: skip
 # Options of parts that name files or folders; a list names several.
 _PATHS = ("path", "root", "weights", "pretrained", "tokenizer", "corpus")
@@ -215,11 +259,56 @@ def parse(table: Mapping[str, Any], *, source: str, folder: Path) -> Recipe:
         quantize=toml.read(Quantize, table.get("quantize", {}), place("quantize")),
         budget=toml.read(Budget, table.get("budget", {}), place("budget")),
         source=source,
+        prune=toml.read(Prune, table["prune"], place("prune")) if "prune" in table else None,
     )
+    _check_pruning(recipe)
     if "train" in recipe.student.options:
         raise RecipeError("unknown key 'train'", where=place("student"), fix="the student is trained by [distill]")
     _check_parts(recipe)
     return recipe
+
+
+def pruned(recipe: Recipe, goals: Mapping[Measure, float]) -> Recipe:
+    """The recipe with a student cut out of its teacher; where goals are given, by these instead of its own.
+
+    Raises:
+        RecipeError: there is no goal, or more than one.
+    """
+    prune = recipe.prune or Prune()
+    if goals:
+        prune = replace(
+            prune, macs=goals.get("macs"), parameters=goals.get("parameters"), latency_ms=goals.get("latency_ms"),
+            size_bytes=int(goals["size_bytes"]) if "size_bytes" in goals else None,
+        )  # fmt: skip
+    made = replace(recipe, prune=prune)
+    if recipe.student.name != PRUNED:  # assistants are on the way to a student of another architecture
+        made = replace(made, student=ModelSpec(PRUNED), assistants=())
+    _check_pruning(made)
+    return made
+
+
+def _check_pruning(recipe: Recipe) -> None:
+    """[prune] goes with a student cut out of its one task's teacher, and names one goal."""
+    where, prune = f"{recipe.source}: prune", recipe.prune
+    if recipe.student.name != PRUNED:
+        if prune is not None:
+            fix = f'write model = "{PRUNED}" in [student], or leave [prune] out'
+            raise RecipeError(f"the student is {recipe.student.name}, not cut out of its teacher", where=where, fix=fix)
+        return
+    fix = "write [prune] with one of macs, parameters, size_bytes and latency_ms, e.g. macs = 0.5"
+    if prune is None or not prune.goals:
+        raise RecipeError("there is no goal to prune for", where=where, fix=fix)
+    if len(prune.goals) > 1:
+        raise RecipeError(f"there are several goals: {', '.join(prune.goals)}", where=where, fix="keep one of them")
+    student = f"{recipe.source}: student"
+    given = recipe.student.options or recipe.student.weights or recipe.student.mean or recipe.student.std
+    if given:
+        raise RecipeError("it takes no option: it is its teacher, cut", where=student, fix="keep model alone")
+    if recipe.assistants:
+        fix = "leave them out: every round of pruning is distilled from the teacher"
+        raise RecipeError("a pruned student has no assistants", where=f"{recipe.source}: distill.assistants", fix=fix)
+    if recipe.tasks[0].head is not None:
+        raise RecipeError("a student of several tasks cannot be cut out of one teacher", where=student)
 
 
 def loss_term(loss: str | Mapping[str, Any] | LossTerm, where: str) -> LossTerm:
@@ -269,7 +358,8 @@ def _check_parts(recipe: Recipe) -> None:
         for index, term in enumerate(task.losses or ()):
             if term.part.name != AUTO:
                 bind("losses", term.part, f"{prefix}loss[{index}]")
-    bind("models", Part(recipe.student.name, recipe.student.options), "student")
+    if recipe.student.name != PRUNED:
+        bind("models", Part(recipe.student.name, recipe.student.options), "student")
     for index, assistant in enumerate(recipe.assistants):
         bind("models", Part(assistant.model.name, assistant.model.options), f"distill.assistants[{index}]")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from edgekd import toml
 from edgekd.errors import TargetError, nearest
-from edgekd.types import Device, Part, PowerMode, QuantizationRules, Target
+from edgekd.types import Device, Part, PowerMode, PruningRules, QuantizationRules, Target
 
 _HERE = Path(__file__).resolve().parent
 
@@ -60,6 +60,7 @@ def as_text(targets: list[Target]) -> str:
         f"backend     {target.backend.name}, ONNX opset {target.opset}",
         f"precisions  {', '.join(target.precisions)}",
         f"int8        activations {rules.activation} {symmetry}, weights {rules.weight} per channel",
+        f"pruning     channels in multiples of {target.pruning.channel_multiple}",
     ]
     for device in target.devices:
         memory = f", {device.memory_bytes / 2**30:.0f} GiB" if device.memory_bytes else ""
@@ -73,7 +74,7 @@ def as_text(targets: list[Target]) -> str:
 def _parse(table: dict[str, Any], where: str) -> Target:
     toml.known(
         table,
-        ("name", "title", "backend", "precisions", "onnx", "quantization", "device", "sources"),
+        ("name", "title", "backend", "precisions", "onnx", "quantization", "pruning", "device", "sources"),
         where,
         error=TargetError,
     )
@@ -97,6 +98,7 @@ def _parse(table: dict[str, Any], where: str) -> Target:
         quantization=toml.read(QuantizationRules, table["quantization"], f"{where}: quantization", error=TargetError),
         devices=tuple(_device(item, f"{where}: device[{i}]") for i, item in enumerate(table.get("device", []))),
         sources=toml.validated(table.get("sources", {}), dict[str, str], f"{where}: sources", error=TargetError),
+        pruning=toml.read(PruningRules, table.get("pruning", {}), f"{where}: pruning", error=TargetError),
     )
 
 

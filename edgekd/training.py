@@ -5,9 +5,10 @@ teacher ─► assistant ─► … ─► student        a chain; several teach
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,17 @@ import numpy as np
 import torch
 
 from edgekd import data, distillation, export, models, plugins, qad
+from edgekd.clock import Deadline
 from edgekd.deploy import Calibration, Source
 from edgekd.distillation import Lesson, Teacher
 from edgekd.errors import ModelError, RecipeError, nearest
 from edgekd.models import weights
 from edgekd.models.network import Network
+from edgekd.outcome import Layer, LayerPair, Matched
 from edgekd.processes import here
-from edgekd.recipe import Recipe, TaskSpec, TeacherSpec, loss_table, loss_term
+from edgekd.recipe import PRUNED, Recipe, TaskSpec, TeacherSpec, loss_table, loss_term
 from edgekd.store import Store, sha256_of
-from edgekd.types import (
-    Artifact,
-    Dataset,
-    Json,
-    Layer,
-    LayerPair,
-    LossTerm,
-    Matched,
-    ModelSpec,
-    Part,
-    Say,
-    Task,
-    Training,
-)
+from edgekd.types import Artifact, Dataset, Json, LossTerm, ModelSpec, Part, Say, Task, Training
 
 WEIGHTS = "weights.safetensors"
 ANSWERS = "answers"  # folder of the store in which teachers' answers are kept
@@ -66,6 +56,7 @@ class School:
     answers: Path
     opset: int | None  # that models are tried with before they are trained; None: they are not to be deployed
     say: Say
+    deadline: Deadline = field(default_factory=Deadline)  # that optional steps ask whether they fit
 
 
 def read(spec: TaskSpec, seed: int, source: str) -> Subject:
@@ -98,8 +89,8 @@ def student(school: School, taught_by: Sequence[Sequence[Source]]) -> Source:
     between = replace(school, subjects=(replace(first, spec=replace(first.spec, losses=losses)),), opset=None)
     for assistant in recipe.assistants:
         epochs = recipe.distill.epochs if assistant.epochs is None else assistant.epochs
-        taught_by = [[_distilled(between, assistant.model, epochs, taught_by)]]
-    return _distilled(school, recipe.student, recipe.distill.epochs, taught_by)
+        taught_by = [[distilled(between, assistant.model, epochs, taught_by)]]
+    return distilled(school, recipe.student, recipe.distill.epochs, taught_by)
 
 
 def recovery(school: School, taught_by: Sequence[Source]) -> qad.Recovery | None:
@@ -127,8 +118,10 @@ def network(school: School, subject: Subject, spec: ModelSpec, trained: Artifact
     return built.eval()
 
 
-def told(school: School, trained: Source) -> Training:
-    """How the student of the one task was trained, for the report."""
+def told(school: School, trained: Source) -> Training | None:
+    """How the student of the one task was trained, for the report; None of a network that is no student."""
+    if trained.weights.step != "student":
+        return None
     meta, chain = _meta(trained), (school.recipe.task.teachers, school.recipe.assistants)
     teachers = meta.get("teachers", ())  # none, where no loss asks what a teacher says
     names = [tuple(each.model.name for each in specs) if teachers else () for specs in chain]
@@ -190,8 +183,11 @@ def _teacher(school: School, subject: Subject, spec: TeacherSpec) -> Source:
 
     def train(work: Path) -> Mapping[str, Json]:
         _rehearse(school, model)
-        _rehearse(school, recipe.student)
-        for later in (recipe.student, *(each.model for each in recipe.assistants)):
+        later_ones = [each.model for each in recipe.assistants]
+        if recipe.student.name != PRUNED:  # which is this network, with fewer channels
+            _rehearse(school, recipe.student)
+            later_ones.append(recipe.student)
+        for later in later_ones:
             _student(school, later)  # one that cannot be built is known before hours of training, too
         return distillation.train(
             _built(school, subject, model), subject.data, spec.train, recipe.augment,
@@ -206,13 +202,18 @@ def _teacher(school: School, subject: Subject, spec: TeacherSpec) -> Source:
     return Source(network(school, subject, model, made), made)
 
 
-def _distilled(school: School, spec: ModelSpec, epochs: int, taught_by: Sequence[Sequence[Source]]) -> Source:
-    """A student of these teachers; `taught_by` has a row for each task."""
+def distilled(
+    school: School, spec: ModelSpec, epochs: int, taught_by: Sequence[Sequence[Source]], start: Source | None = None
+) -> Source:
+    """A student of these teachers; `taught_by` has a row for each task. It begins as `start`, where that is given."""
     recipe, subjects = school.recipe, school.subjects
     options = replace(recipe.distill, epochs=epochs)
 
+    def begun() -> Network:
+        return _student(school, spec) if start is None else copy.deepcopy(start.network)
+
     def build(work: Path) -> Mapping[str, Json]:
-        _rehearse(school, spec)
+        _rehearse(school, spec, None if start is None else start.network)
         lessons = [
             Lesson(
                 subject.data, subject.task,
@@ -222,7 +223,7 @@ def _distilled(school: School, spec: ModelSpec, epochs: int, taught_by: Sequence
             for subject, sources in zip(subjects, taught_by, strict=True)
         ]  # fmt: skip
         return distillation.distill_tasks(
-            _student(school, spec), lessons, options, recipe.augment,
+            begun(), lessons, options, recipe.augment,
             seed=recipe.seed, work=work, cache=school.answers, say=school.say,
         )  # fmt: skip
 
@@ -237,8 +238,9 @@ def _distilled(school: School, spec: ModelSpec, epochs: int, taught_by: Sequence
         "tasks": facts, "distill": _effective(asdict(options)), "augment": asdict(recipe.augment), "seed": recipe.seed,
     }  # fmt: skip
     parents = [source.weights for sources in taught_by for source in sources]
+    parents += [] if start is None else [start.weights]
     made = school.store.step("student", distillation.VERSION, identity, parents, build, together=True)
-    built = _student(school, replace(spec, weights=None))
+    built = _student(school, replace(spec, weights=None)) if start is None else begun()
     weights.load(made.path / WEIGHTS, built.module)
     return Source(built.eval(), made)
 
@@ -299,7 +301,7 @@ def _check(school: School) -> None:
             )
 
 
-def _rehearse(school: School, spec: ModelSpec) -> None:
+def _rehearse(school: School, spec: ModelSpec, network: Network | None = None) -> None:
     """Export the network untrained: a model that cannot become ONNX is known before hours of training, not after."""
     opset = school.opset
     if opset is None:
@@ -310,7 +312,7 @@ def _rehearse(school: School, spec: ModelSpec) -> None:
     def exported() -> None:
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
             export.export(
-                _built(school, subject, replace(spec, weights=None)), stored, opset=opset,
+                network or _built(school, subject, replace(spec, weights=None)), stored, opset=opset,
                 preprocessing=school.recipe.export.preprocessing, path=Path(folder) / "rehearsal.onnx",
             )  # fmt: skip
 

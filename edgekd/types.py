@@ -1,4 +1,4 @@
-"""The nouns of edgekd: frozen data that steps pass to each other. Imports nothing of ours."""
+"""The nouns of edgekd: frozen data that steps pass to each other. Imports nothing of ours but `outcome`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypeAlias
 from annotated_types import Ge, Gt, Le, Lt
 from typing_extensions import TypeAliasType
 
+from edgekd.outcome import Front, Limit, Matched, Nearest, Pruning, Search
+from edgekd.outcome import Status as Status
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -17,11 +20,11 @@ if TYPE_CHECKING:
 # a named alias, since pydantic cannot resolve a recursive one without a name
 Json = TypeAliasType("Json", "bool | int | float | str | list[Json] | dict[str, Json] | None")
 Arrays: TypeAlias = "Mapping[str, np.ndarray]"  # named inputs or outputs, batch first
-Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+# int8: static, calibrated; w8: int8 weights, computed in fp32; dynamic: int8 weights, inputs quantized as they come.
+Precision: TypeAlias = Literal["fp32", "fp16", "int8", "w8", "dynamic"]
 QuantizationMethod: TypeAlias = Literal["minmax", "percentile", "mse", "equalize", "bias", "rounding"]
 Stage: TypeAlias = Literal["teacher", "student", "pruned", "onnx", "quantized", "engine"]
 Origin: TypeAlias = Literal["device", "host", "estimate"]
-Status: TypeAlias = Literal["met", "missed", "cannot tell"]
 # What the label of a sample is: one class; a 0 or a 1 for each label; a class for each point of a grid; numbers.
 LabelForm: TypeAlias = Literal["classes", "flags", "maps", "values"]
 
@@ -263,6 +266,15 @@ class QuantizationRules:
     quantize_bias: bool  # int32 bias behind a DequantizeLinear
     min_channels: int = 0  # convolutions and linear layers narrower than this stay in float
     lint: Literal["onnxruntime", "tensorrt"] = "onnxruntime"
+    weight_bits: Literal[7, 8] = 8  # 7: weights in [-64, 64], for kernels that add pairs of products in 16 bits
+    sums_16_bit: bool = False  # some CPUs of the platform have only such kernels (x86 without VNNI)
+
+
+@dataclass(frozen=True, slots=True)
+class PruningRules:
+    """What widths the runtime's kernels like."""
+
+    channel_multiple: Annotated[int, Ge(1)] = 1  # of the channels of a layer; others take the time of the next one
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +290,7 @@ class Target:
     quantization: QuantizationRules
     devices: tuple[Device, ...]
     sources: Mapping[str, str]
+    pruning: PruningRules = field(default_factory=lambda: PruningRules())
 
 
 # ---------------------------------------------------------------- measurements and report (schema of report.json)
@@ -308,6 +321,7 @@ class Latency:
     device: str
     threads: int
     power_mode: str | None
+    rounds: str | None = None  # of a search: the candidate whose own rounds it is from; None: the report's rounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,6 +362,7 @@ class Budget:
     max_accuracy_drop: Annotated[float, Ge(0), Le(1)] | None = None  # of the metric, against the teacher; 0.01: a point
     max_latency_ms: Annotated[float, Gt(0)] | None = None
     max_size_bytes: Annotated[int, Gt(0)] | None = None
+    max_memory_bytes: Annotated[int, Gt(0)] | None = None  # of `peak_memory_bytes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +371,7 @@ class Verdict:
 
     status: Status
     reasons: tuple[str, ...]
+    limits: tuple[Limit, ...] = ()  # in the order of the reasons; none where the budget sets none
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,38 +399,7 @@ class Variant:
     verdict: Verdict | None
     missing: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)  # other figures of the task by name: "RMSE"
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A place in a network whose output is compared, and what it gives for one sample."""
-
-    path: str  # of the module; "linear:in" is what goes into it
-    channels: int
-    grid: tuple[int, ...]  # positions along each side; empty for a vector
-    depth: float  # part of the network's multiply-accumulates that are done there, in [0, 1]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerPair:
-    """A layer of the student and the layer of a teacher that it learns from."""
-
-    student: Layer
-    teacher: Layer
-    loss: str  # between the two
-    weight: float  # of the loss; 0: the pair was found, and not used
-    cka: float | None  # linear similarity before the training, where it was measured
-    projector: str  # trained between the two, and left out afterwards: "64>128" channels, "fusion", "exit", "none"
-
-
-@dataclass(frozen=True, slots=True)
-class Matched:
-    """The layers of the student and of a teacher that correspond, for one head of the student."""
-
-    head: str | None  # None: the student has but one
-    family: str | None  # what the two networks are to each other, where the losses were left to `match`
-    pairs: tuple[LayerPair, ...]
-    notes: tuple[str, ...]  # what was left out, and why
+    candidate: str | None = None  # of a search: the student that it is of
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,6 +413,37 @@ class Training:
     seconds: float
     precision: str  # that the student computed in
     recalled: float | None  # part of the teachers' answers that came from the cache; None: no answers are kept
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSensitivity:
+    """What one layer costs where it alone is in integers, on held-out calibration samples."""
+
+    layer: str  # path in the model; of a block, the module around its layers; of a value, the module that makes it
+    kind: Literal["layer", "block", "value"]  # block: neighbours measured as one; value: between layers, no weight
+    sqnr_db: float | None  # of the outputs: 10 · log10(mean square / mean square of the error); None: no error
+    divergence: float  # mean KL(float ‖ quantized) in nats; of a task of values: squared error / variance
+    changed: float | None  # part of the decisions that are others; None: the task decides nothing
+    expected_drop: float  # of the metric, were the float network's own probabilities true
+    drop: Interval | None  # of the metric, on labels; None: there are none
+    rest: float | None  # drop with all but this layer in integers; None: not measured
+    macs: float  # part of the multiply-accumulates of all layers
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """Which layers of an int8 variant cost accuracy, and which of them stay in float for it."""
+
+    target: str
+    variant: str  # id of the variant with every layer in integers
+    samples: int  # held out, that each layer was measured on
+    layers: tuple[LayerSensitivity, ...]  # from the input to the output
+    float_layers: tuple[str, ...] = ()  # that mixed precision keeps in float
+    mixed: str | None = None  # id of the variant with them in float; None: there is none
+    whole: float | None = None  # drop of `variant`, measured where that is above zero for certain, else expected
+    remaining: float | None = None  # drop of `mixed`
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,3 +464,9 @@ class Report:
     metric: str = "accuracy"  # what `accuracy` and `drop` of the variants are
     training: Training | None = None  # of the student
     correspondence: tuple[Matched, ...] = ()  # where losses compare layers: one for each head
+    pruning: Pruning | None = None  # where the student was cut out of its teacher
+    nearest: Mapping[str, Nearest] = field(default_factory=dict)  # by target, where none is chosen
+    pareto: tuple[Front, ...] = ()  # one for each target
+    search: Search | None = None
+    command: str = "compress recipe.toml"  # of edgekd, that makes it again; its targets stand apart
+    sensitivity: tuple[Sensitivity, ...] = ()  # one for each target whose int8 was looked into

@@ -1,4 +1,4 @@
-"""Quantities as people write them on a command line: 5ms, 4MB, 1%."""
+"""Quantities as people write them on a command line: 5ms, 4MB, 1%, 20m."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from edgekd.errors import RecipeError
 
 _MILLISECONDS = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
+_SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -26,6 +27,15 @@ def size_bytes(text: str, where: str) -> int:
         RecipeError: no number, no unit, or not above zero.
     """
     return round(_quantity(text, _BYTES, where, "a size with its unit, e.g. 4MB"))
+
+
+def seconds(text: str, where: str) -> float:
+    """Seconds in "90s", "20m", "20 min" or "1.5h".
+
+    Raises:
+        RecipeError: no number, no unit, or not above zero.
+    """
+    return _quantity(text, _SECONDS, where, "a time with its unit, e.g. 20m")
 
 
 def fraction(text: str, where: str) -> float:

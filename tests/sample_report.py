@@ -7,21 +7,21 @@ from typing import Any
 
 from edgekd.bench.accuracy import paired_difference, wilson
 from edgekd.bench.conditions import environment
-from edgekd.report import choose, judge
+from edgekd.outcome import Candidate, Layer, LayerPair, Matched, Search
+from edgekd.report import choose, concluded, judge
 from edgekd.types import (
     Budget,
     Comparison,
     Estimate,
     Interval,
     Latency,
-    Layer,
-    LayerPair,
+    LayerSensitivity,
     LossTerm,
-    Matched,
     Parity,
     Part,
     Precision,
     Report,
+    Sensitivity,
     Stage,
     Training,
     Variant,
@@ -175,4 +175,58 @@ def finished(rows: list[Variant], budget: Budget, **changes: Any) -> Report:
         timings_s={"teacher": 74.1, "distill": 103.4, "export": 3.2, "quantize": 21.0, "bench": 38.9},
         notes=("jetson: engines are built on the board by the bundle's run.py, since TensorRT is not installed here",),
     )  # fmt: skip
-    return dataclasses.replace(made, **changes)
+    return concluded(dataclasses.replace(made, **changes))
+
+
+def searched(*, budget: Budget = BUDGET, widths: int = 10, timed: bool = True) -> Report:
+    """What a search leaves: students of several widths in two precisions, of which the first three are no finalists."""
+    n, top = 2000, 1960
+    missing = {"energy_mj": "no power sensor was found", "peak_memory_bytes": "not asked for"}
+    if not timed:
+        missing["latency_ms"] = NO_BOARD
+    rows = [
+        variant("teacher", "teacher", size_bytes=1_094_000, accuracy=wilson(top, n), missing=missing),
+        variant("host/teacher-fp32", "teacher", target="host", size_bytes=1_094_000, accuracy=wilson(top, n),
+                latency_ms=latency(1.118) if timed else None, macs=10_153_000, missing=missing),
+    ]  # fmt: skip
+    candidates = []
+    for at in range(1, widths + 1):
+        name, hits = f"w{2 * at}", top + 10 - round(300 / at)
+        rounds = None if at > 3 else name
+        candidates.append(Candidate(name, {"width": 2.0 * at}, 30, 41.5 + at))
+        own: dict[str, Any] = {"target": "host", "candidate": name, "macs": 60_000 * at * at, "missing": missing}
+        for precision, shorter, lighter, lost in (("fp32", 1.0, 1.0, 0), ("int8", 0.6, 0.35, 3)):
+            figures = scored(hits - lost, top, n) | {"size_bytes": round(900 * at * at * lighter) + 6000}
+            took = latency(0.05 + 0.021 * at * shorter, rounds=rounds) if timed else None
+            stage: Stage = "onnx" if precision == "fp32" else "quantized"
+            kind: Precision = "fp32" if precision == "fp32" else "int8"
+            rows.append(variant(f"host/{name}/student-{precision}", stage, precision=kind, latency_ms=took,
+                                **own, **figures))  # fmt: skip
+    axes = ("drop", "latency_ms" if timed else "macs", "size_bytes")
+    refused = Candidate("w99", {"width": 99.0}, 30, None, "model resnet8: it cannot be built")
+    search = Search(widths + 1, "Optuna 5.0.0 (TPE)", axes, (*candidates, refused), 30, 2)
+    return finished(rows, budget, search=search)
+
+
+def sensitive(count: int = 20, *, mixed: bool = True, hurt: bool = True, labels: bool = True) -> Sensitivity:
+    """Of so many layers one costs a lot and another a little (`hurt`), and all have some error."""
+    rows = []
+    bad, second = count // 2, max(count // 2 - 3, 0)
+    for i in range(count):
+        cost = (0.061 if i == bad else 0.004 if i == second else 0.0008 * (i % 3)) if hurt else 0.0
+        noise = 8.5 if i == bad and hurt else 30.0 + 7 * (i % 4)
+        value = i % 11 == 9 and i not in (bad, second)
+        name = f"blocks.{i // 4}.{('conv_pw', 'conv_dw', 'se', 'conv_pwl')[i % 4]}"
+        rows.append(LayerSensitivity(
+            layer=name, kind="value" if value else "layer", sqnr_db=noise, divergence=10 ** (-noise / 10),
+            changed=cost * 2, expected_drop=cost, rest=0.007 if i == bad and mixed else None,
+            drop=Interval(cost, cost - 0.01, cost + 0.012, 256) if labels else None,
+            macs=0.0 if value else 1 / count, parameters=0 if value else 1200 + 10 * i,
+        ))  # fmt: skip
+    kept = (rows[bad].layer, rows[second].layer) if mixed else ()
+    return Sensitivity(
+        target="host", variant="host-int8", samples=256, layers=tuple(rows), float_layers=kept,
+        mixed="host-int8-mixed" if mixed else None, whole=0.068 if hurt else 0.0002,
+        remaining=0.0031 if mixed else None,
+        notes=("with every layer in int8 the expected drop is 6.80%, and 0.50% is allowed",) if mixed else (),
+    )  # fmt: skip

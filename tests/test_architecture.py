@@ -14,26 +14,30 @@ PACKAGE = Path(__file__).resolve().parent.parent / "edgekd"
 
 # What may import what: a module imports from the rows above its own, and from its own folder.
 LAYERS = [
+    {"outcome", "clock"},
     {"types", "errors"},
     {"processes"},
     {"toml", "units", "store"},
-    {"plugins"},
+    {"plugins", "goals"},
     {"recipe", "target"},
     {"data", "models", "losses", "tasks", "backends"},
     {"graph", "correspondence"},
-    {"distillation", "export", "quantize"},
+    {"distillation", "pruning", "export", "quantize"},
     {"bench", "qad"},
     {"report", "bundle"},
     {"deploy"},
     {"measure"},
+    {"onnx_file"},
     {"training", "direct"},
+    {"rounds"},
     {"pipeline", "doctor", "view", "starter", "progress"},
+    {"search", "alone"},
     {"cli"},
     {"__main__"},
 ]
 TORCH_AT_TOP = {
-    "models", "losses", "correspondence", "distillation", "graph", "export", "quantize", "qad", "deploy",
-    "training", "direct", "pipeline",
+    "models", "losses", "correspondence", "distillation", "pruning", "graph", "export", "quantize", "qad", "deploy",
+    "training", "direct", "rounds", "pipeline", "search",
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "manager", "handler", "handlers", "misc"}
 MODULES = sorted(PACKAGE.rglob("*.py"))

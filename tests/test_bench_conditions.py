@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.bench import command, conditions, memory
+from edgekd.doctor import Examination
 from edgekd.errors import BackendError, ModelError
 from edgekd.types import Json, Part
 
@@ -49,6 +50,19 @@ def test_cpu_features(
     assert cpu["features"][absent] is False
     if cpuinfo is X86:
         assert cpu["model"] == "Some CPU X"
+
+
+def test_x86_without_vnni_is_warned_of_and_nothing_else() -> None:
+    def facts(architecture: str, features: Any) -> dict[str, Any]:
+        return {"architecture": architecture, "cpu": {"features": features}}
+
+    assert "no VNNI" in str(conditions.without_vnni(facts("x86_64", {"avx2": True, "vnni": False})))
+    assert conditions.without_vnni(facts("x86_64", {"avx2": True, "vnni": True})) is None
+    assert conditions.without_vnni(facts("aarch64", {"neon": True, "vnni": False})) is None
+    assert conditions.without_vnni(facts("x86_64", None)) is None
+    told = Examination(facts("x86_64", {"vnni": False}), {}, ("beware",))
+    assert told.as_text().endswith("warning: beware")
+    assert told.as_json()["warnings"] == ["beware"]
 
 
 def test_what_the_machine_does_not_tell_has_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

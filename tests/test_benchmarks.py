@@ -67,20 +67,26 @@ def test_recurrent(tmp_path: Path, texts: tuple[str, ...]) -> None:
     assert run("recurrent.py", tmp_path, *texts, "--tasks", "sst2")[0] == rows
 
 
-def test_vit(tmp_path: Path, shared_data: Path) -> None:
-    few = tmp_path / "data"
-    (few / "cifar10").mkdir(parents=True)
-    (few / "teachers").symlink_to(shared_data / "teachers")
+@pytest.fixture
+def few(tmp_path: Path, shared_data: Path) -> Path:
+    """A data folder with thirty images of each class for training and thirty for tests."""
+    folder = tmp_path / "data"
+    (folder / "cifar10").mkdir(parents=True)
+    (folder / "teachers").symlink_to(shared_data / "teachers")
     counts: Counter[str] = Counter()
     with (
         zipfile.ZipFile(shared_data / "cifar10" / "cifar10-images.zip") as whole,
-        zipfile.ZipFile(few / "cifar10" / "cifar10-images.zip", "w") as part,
+        zipfile.ZipFile(folder / "cifar10" / "cifar10-images.zip", "w") as part,
     ):
         for name in whole.namelist():
-            folder = name.rpartition("/")[0]
-            counts[folder] += 1
-            if counts[folder] <= 30:
+            place = name.rpartition("/")[0]
+            counts[place] += 1
+            if counts[place] <= 30:
                 part.writestr(name, whole.read(name))
+    return folder
+
+
+def test_vit(tmp_path: Path, few: Path) -> None:
     options = ("--epochs", "2", "--views", "1", "--teacher-epochs", "1", "--seeds", "0")
     rows, printed = run("vit.py", tmp_path, "--data", str(few), *options)
     found: Mapping[str, dict[str, Any]] = {row["settings"].get("method", "teacher"): row for row in rows}
@@ -98,3 +104,66 @@ def test_cache(tmp_path: Path, shared_data: Path) -> None:
     assert [row["answers_computed"] > 0 for row in parts["replay"]] == [True, False, False, False, False]
     assert all(row["equal_to_first"] for row in parts["weights"])
     assert parts["memory"][0]["outcome"] == "trained"
+
+
+def test_trained_and_ptq(tmp_path: Path, few: Path) -> None:
+    options = ("--data", str(few), "--models", "resnet20")
+    trained, printed = run("trained.py", tmp_path, *options)
+    assert [row["settings"]["model"] for row in trained] == ["resnet20"]
+    assert trained[0]["macs"] == 40_551_040
+    assert "| resnet20 | 269,722 |" in printed
+    weights = tmp_path / "store" / "trained" / "resnet20.safetensors"
+    assert [file.name for file in weights.parent.iterdir()] == [weights.name]
+    assert run("trained.py", tmp_path, *options)[0] == trained
+    (tmp_path / "results.jsonl").unlink()
+    options += ("--tools", "edgekd", "--quick", "--latencies", str(tmp_path / "latencies.jsonl"))
+    rows, printed = run("ptq.py", tmp_path, *options)
+    (found,) = rows[0]["variants"].values()
+    assert found["drop"]["value"] == pytest.approx(found["fp32"] - found["accuracy"]["value"])
+    assert found["nodes"]["QuantizeLinear"] > 0
+    (times,) = [json.loads(line) for line in (tmp_path / "latencies.jsonl").read_text().splitlines()]
+    assert set(times["p50_ms"]) == {"fp32", "edgekd auto"}
+    assert "| resnet20 | edgekd auto |" in printed
+    assert run("ptq.py", tmp_path, *options)[0] == rows
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))  # another network: its results are others
+    assert len(run("ptq.py", tmp_path, *options)[0]) == 2
+
+
+def test_ptq_table(tmp_path: Path) -> None:
+    def variant(drop: float) -> dict[str, Any]:
+        interval = {"value": drop, "low": drop - 0.01, "high": drop + 0.01, "n": 100}
+        return {"accuracy": interval, "drop": interval, "agreement": 0.9, "fp32": 0.8}
+
+    peers = {"minmax": variant(0.02), "entropy": variant(0.01), "linear": {"failed": "no such operator"}}
+    written = [
+        {"settings": {"model": "net", "tool": "edgekd"}, "variants": {"auto": variant(0.005)}},
+        {"settings": {"model": "net", "tool": "ort"}, "variants": peers | {"fp32 (own)": variant(0.0)}},
+    ]
+    ratio = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 40, "verdict": "faster"}
+    times = {
+        "settings": {"model": "net"}, "load": 3.5,
+        "p50_ms": {"fp32": 2.0, "edgekd auto": 0.8, "ort minmax": 1.0, "ort entropy": 3.0},
+        "ours_over": dict.fromkeys(("fp32", "ort minmax", "ort entropy"), ratio),
+    }  # fmt: skip
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    (tmp_path / "latencies.jsonl").write_text(json.dumps(times) + "\n")
+    _, printed = run("ptq.py", tmp_path, "--table", "--latencies", str(tmp_path / "latencies.jsonl"))
+    assert "| net | ort linear | failed: no such operator |" in printed
+    # The best peer loses least; the fastest one need not be the same.
+    assert "| net | 80.00 | +0.50 | +1.00 | ort entropy | 0.80, faster | ort minmax | 0.80, faster | 3.5 |" in printed
+
+
+def test_end_to_end_table(tmp_path: Path) -> None:
+    def variant(drop: float, ms: float) -> dict[str, Any]:
+        return {"accuracy": {"value": 0.9 - drop}, "drop": {"value": drop}, "size_bytes": 1000, "p50_ms": ms}
+
+    ratio = {"value": 9.0, "low": 8.5, "high": 9.5, "n": 40}
+    row = {
+        "settings": {"student": "net", "epochs": 1}, "times_faster": {"teacher": ratio},
+        "variants": {"teacher": variant(0.0, 9.0), "edgekd int8": variant(0.008, 1.0)},
+        "best": "edgekd int8", "best_peer": "ort minmax", "goals": {"drop": True, "over_teacher": True},
+    }  # fmt: skip
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    _, printed = run("end_to_end.py", tmp_path, "--table")
+    assert "| teacher | 90.00 | +0.00 | 1 | 9.000 | 9.00 (8.50 … 9.50) |" in printed
+    assert "drop: reached, over_teacher: reached" in printed

@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Path:
 def test_help_lists_the_verbs_in_the_order_of_the_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--help") == 0
     told = capsys.readouterr().out
-    verbs = ["init", "compress", "bench", "report", "targets", "doctor", "view", "bundle"]
+    verbs = ["init", "compress", "distill", "quantize", "bench", "report", "targets", "doctor", "view", "bundle"]
     places = [told.index(f"\n  {verb} ") for verb in verbs]
     assert places == sorted(places)
 

@@ -98,6 +98,13 @@ def test_text_goes_from_a_csv_to_a_bundle_with_its_tokenizer(folder: Path, capsy
     report = _run("compress", "--quick", "--target", "host", capsys=capsys)
     rows = {row["id"]: row for row in report["variants"]}
     assert rows["host/student-fp32"]["accuracy"]["value"] == pytest.approx(rows["student"]["accuracy"]["value"])
+    dynamic = rows["host/student-dynamic"]  # worth it for an LSTM
+    assert (dynamic["precision"], dynamic["stage"]) == ("dynamic", "quantized")
+    assert dynamic["latency_ms"]["p50"] > 0
+    assert dynamic["parity"]["cosine"] > 0.9
+    assert dynamic["size_bytes"] < rows["host/student-fp32"]["size_bytes"]
+    notes = " ".join(report["notes"])
+    assert ("host/student-w8" in rows) != ("there is no student-w8: its weights" in notes)
     bundle = folder / "runs" / "words" / "bundles" / "host"
     listed = json.loads((bundle / "edgekd.json").read_text(encoding="utf-8"))["files"]
     assert "tokenizer.json" in str(listed)

@@ -86,6 +86,26 @@ class Wide(nn.Module):
 
 def wide(classes):
     return Wide(classes)
+
+
+class Spread(nn.Module):
+    """A depthwise convolution: outer taps see only padding and are 1000 times the centre, so int8 has no step left."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.Hardswish())
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=8, dilation=8, groups=16)
+        weight = torch.zeros(16, 1, 3, 3)
+        weight[:, :, 1, 1], weight[:, :, 0, 0] = 1.0, 1000.0
+        self.depthwise.weight = nn.Parameter(weight, requires_grad=False)
+        self.head = nn.Linear(16 * 64, classes)
+
+    def forward(self, x):
+        return self.head(torch.nn.functional.hardswish(self.depthwise(self.stem(x))).flatten(1))
+
+
+def spread(classes):
+    return Spread(classes)
 '''
 
 
@@ -171,6 +191,45 @@ def test_a_precision_that_the_target_does_not_take_is_told(place: Path) -> None:
     assert any("fp16 is asked for" in note for note in report["notes"])
 
 
+SPREAD = DIGITS | {
+    "teacher": "parts_of_test_deploy:spread", "student": "parts_of_test_deploy:spread", "options": "",
+    "optimizer": 'optimizer = "adamw"\nlearning_rate = 0.01\nema_decay = 0.0',
+}  # fmt: skip
+
+
+def test_where_int8_loses_too_much_the_layer_that_does_it_is_left_in_float(place: Path) -> None:
+    report = _compress(place, HEAD.format(**SPREAD), "--target", "host", "--target", "jetson")
+    rows = {row["id"]: row for row in report["variants"]}
+    found = {one["target"]: one for one in report["sensitivity"]}
+    assert set(found) == {"host", "jetson"}
+    for target, one in found.items():
+        plain, mixed = rows[f"{target}/student-int8"], rows[f"{target}/student-int8-mixed"]
+        assert (one["variant"], one["mixed"], one["float_layers"]) == (plain["id"], mixed["id"], ["depthwise"])
+        assert max(one["layers"], key=lambda row: row["divergence"])["layer"] == "depthwise"
+        assert one["remaining"] <= 0.005 < one["whole"]
+        assert plain["accuracy"]["value"] < 0.5 < mixed["accuracy"]["value"]
+        assert mixed["precision"] == "int8"
+        assert any("student-int8-mixed has depthwise in float" in note for note in report["notes"])
+    assert report["chosen"]["host"] != "host/student-int8"
+    manifest = json.loads((place / "runs" / "small" / "bundles" / "jetson" / "edgekd.json").read_text())
+    names = [model["path"] for model in manifest["models"]]
+    assert len(names) == len(set(names)), "of two int8 models the one that loses less"
+    for text in ("report.html", "report.md"):
+        shown = (place / "runs" / "small" / text).read_text()
+        assert "The worst is depthwise" in shown
+    # A second run finds all of it in the store, and shows the same.
+    assert _compress(place, HEAD.format(**SPREAD), "--target", "host")["sensitivity"] == [found["host"]]
+
+
+def test_mixed_precision_can_be_turned_off(place: Path) -> None:
+    recipe = HEAD.format(**SPREAD) + '[quantize]\nmixed = "off"\nmethod = ["minmax"]\n'
+    report = _compress(place, recipe, "--target", "host")
+    assert "host/student-int8-mixed" not in {row["id"] for row in report["variants"]}
+    (found,) = report["sensitivity"]
+    assert found["mixed"] is None
+    assert found["notes"] == []
+
+
 def test_what_int8_leaves_in_float_and_how_it_was_come_to_is_told(place: Path) -> None:
     own = '[quantize]\nmethod = ["mse", "bias"]\nfloat_layers = ["conv1"]\n'
     report = _compress(place, HEAD.format(**DIGITS) + own, "--target", "host")
@@ -178,3 +237,21 @@ def test_what_int8_leaves_in_float_and_how_it_was_come_to_is_told(place: Path) -
     assert any("keeps in float: conv1 (chosen to stay in float)" in note for note in told)
     assert any("kept: mse + bias: expected drop" in note and "measured" in note for note in told)
     assert 'method = [\n    "mse",\n    "bias",\n]' in (place / "runs" / "small" / "recipe.toml").read_text()
+
+
+def test_forms_that_are_asked_for_are_built_and_others_are_told(place: Path) -> None:
+    report = _compress(place, HEAD.format(**DIGITS), "--target", "host")
+    notes = [note for note in report["notes"] if "there is no student-" in note]
+    assert len(notes) == 2
+    assert any("student-w8: its weights" in note and "do not dominate" in note for note in notes)
+    assert any("student-dynamic: products and LSTMs, which it makes faster, hold" in note for note in notes)
+    relieved = [note for note in report["notes"] if "CPUs without VNNI would clip sums" in note]
+    assert len(relieved) <= 1
+    recipe = HEAD.format(**DIGITS) + '[quantize]\nprecisions = ["w8", "dynamic"]\n'
+    report = _compress(place, recipe, "--target", "host")
+    rows = {row["id"]: row for row in report["variants"]}
+    assert {"host/student-w8", "host/student-dynamic"} < set(rows)
+    assert "host/student-int8" not in rows
+    assert rows["host/student-w8"]["size_bytes"] < rows["host/student-fp32"]["size_bytes"]
+    assert rows["host/student-w8"]["parity"]["cosine"] > 0.999
+    assert rows["host/student-w8"]["parameters"] == rows["host/student-fp32"]["parameters"]

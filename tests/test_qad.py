@@ -430,8 +430,11 @@ def source(network: Network, key: str) -> Source:
 def shop(folder: Path, network: Network, **choices: Any) -> Workshop:
     data, task = trainings.handwritten(), trainings.task()
     taught_by = replace(recovery(network, data), artifacts=(source(network, "t").weights,))
-    wanted = Quantize(("int8",), **({"method": ("minmax",), "max_drop": 0.005} | choices))
-    return Workshop(Store(folder, silent), data, True, ("int8",), silent, wanted, task, taught_by)
+    given: dict[str, Any] = {"method": ("minmax",), "max_drop": 0.005, "mixed": "off"} | choices
+    return Workshop(
+        Store(folder, silent), data, True, ("int8",), silent, quantize=Quantize(("int8",), **given), task=task,
+        recovery=taught_by,
+    )  # fmt: skip
 
 
 def test_deploy_distils_anew_where_int8_loses_too_much(broken: Network, tmp_path: Path) -> None:

@@ -285,14 +285,17 @@ def test_a_missing_recipe_names_its_neighbour(tmp_path: Path) -> None:
 
 
 def test_the_command_line_overrides_seed_and_budget(tmp_path: Path) -> None:
-    read = recipe.overridden(_load(tmp_path, SMALL), seed=7, max_drop="1%", max_latency="5ms", max_size="4MB")
+    read = recipe.overridden(
+        _load(tmp_path, SMALL), seed=7, max_drop="1%", max_latency="5ms", max_size="4MB", max_memory="64MB"
+    )
     assert read.seed == 7
     assert (read.budget.max_accuracy_drop, read.budget.max_latency_ms, read.budget.max_size_bytes) == (
         0.01,
         5,
         4_000_000,
     )
-    assert recipe.overridden(read, seed=None, max_drop=None, max_latency=None, max_size=None) == read
+    assert read.budget.max_memory_bytes == 64_000_000
+    assert recipe.overridden(read, seed=None, max_drop=None, max_latency=None, max_size=None, max_memory=None) == read
 
 
 def test_the_built_in_recipe_is_valid_and_needs_no_file() -> None:

@@ -189,5 +189,31 @@ def test_fp16_is_a_rival_too_and_the_fastest_float_counts() -> None:
     assert "fp16 in fp16" in rejections(rows, Budget())["int8"]
 
 
+@pytest.mark.parametrize(
+    ("precision", "p50", "size_bytes", "says"),
+    [
+        ("dynamic", 1.2, 300, None),
+        ("dynamic", 2.0, 300, "dynamic int8 must earn its place"),
+        ("w8", 2.0, 300, None),
+        ("w8", 2.6, 300, "int8 weights must earn their place: it is 1.30× slower than float"),
+        ("w8", 1.2, 1000, "int8 weights must earn their place: at 1.00 kB it is no smaller than float"),
+    ],
+)
+def test_each_form_of_int8_must_earn_its_place_in_its_own_way(
+    precision: Any, p50: float, size_bytes: int, says: str | None
+) -> None:
+    given = made("v", stage="quantized", precision=precision, size_bytes=size_bytes, latency_ms=latency(p50))
+    found = rejections([TEACHER, made("float", latency_ms=latency(2.0)), given], Budget())
+    assert set(found) == ({"v"} if says else set())
+    assert (says or "") in found.get("v", "")
+
+
+def test_int8_weights_are_chosen_where_a_size_is_asked_for() -> None:
+    given = made("w8", stage="quantized", precision="w8", size_bytes=300, latency_ms=latency(2.0))
+    rows = [TEACHER, made("float", latency_ms=latency(2.0)), given]
+    assert choose(rows, Budget(max_size_bytes=500)) == {"host": "w8"}
+    assert choose(rows, Budget()) == {"host": "w8"}, "the same latency and accuracy: the smaller file"
+
+
 def test_the_realistic_report_chooses_as_described() -> None:
     assert realistic().chosen == {"host": "host-int8", "jetson": "jetson-fp16"}

@@ -11,14 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_report import BUDGET, finished, latency, matched, of_values, pair, realistic, taught, variant
+from sample_report import (
+    BUDGET,
+    finished,
+    latency,
+    matched,
+    of_values,
+    pair,
+    realistic,
+    searched,
+    sensitive,
+    taught,
+    variant,
+)  # fmt: skip
 
 from edgekd import report
 from edgekd.bench.accuracy import wilson
-from edgekd.report import figures, story, svg
+from edgekd.outcome import Matched
+from edgekd.report import figures, sensitivity, story, svg
 from edgekd.report.layers import drawing
 from edgekd.report.render import html, markdown
-from edgekd.types import Budget, Interval, LossTerm, Matched, Part, Report
+from edgekd.types import Budget, Interval, LossTerm, Part, Report
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>|[a](javascript:x)`*_"
 TEACHER = variant("teacher", "teacher", accuracy=wilson(440, 450))
@@ -50,13 +63,18 @@ def hostile() -> Report:
         )
         for v in made.variants
     )  # fmt: skip
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         made, name=HOSTILE, variants=rows, teacher=rows[0].id, notes=(HOSTILE,), environment={HOSTILE: HOSTILE},
         chosen={t: c and c + HOSTILE for t, c in made.chosen.items()}, recipe_sha256=HOSTILE, timings_s={HOSTILE: 1.0},
         comparisons=tuple(dataclasses.replace(c, candidate=HOSTILE) for c in made.comparisons), metric=HOSTILE,
         training=taught(teachers=(HOSTILE,), losses=(LossTerm(Part(HOSTILE), 1.0, ((HOSTILE, HOSTILE),)),)),
         correspondence=(Matched(HOSTILE, "same", (pair(HOSTILE, HOSTILE, HOSTILE, 1.0, depth=1.0),), (HOSTILE,)),),
+        sensitivity=(dataclasses.replace(
+            sensitive(5), target=HOSTILE, variant=HOSTILE, mixed=HOSTILE, float_layers=(HOSTILE,), notes=(HOSTILE,),
+            layers=tuple(dataclasses.replace(row, layer=HOSTILE) for row in sensitive(5).layers),
+        ),),
     )  # fmt: skip
+    return report.concluded(changed)
 
 
 EDGES: dict[str, Report] = {
@@ -73,8 +91,22 @@ EDGES: dict[str, Report] = {
     "no targets": finished([TEACHER, variant("v", "onnx", accuracy=wilson(450, 450))], BUDGET),
     "bare": finished([TEACHER], Budget(), environment={}, timings_s={}, notes=()),
     "regression": of_values(),
+    "search": searched(),
+    "search without latency": searched(timed=False),
+    "search in vain": searched(budget=Budget(max_accuracy_drop=0.0, max_size_bytes=10, max_memory_bytes=10)),
     "several heads": dataclasses.replace(realistic(), correspondence=(matched("topic"), matched("mood"))),
     "hostile": hostile(),
+    "five layers": dataclasses.replace(realistic(), sensitivity=(sensitive(5),)),
+    "150 layers, two targets": dataclasses.replace(
+        realistic(), sensitivity=(sensitive(150), sensitive(30, mixed=False))
+    ),
+    "int8 is easy": dataclasses.replace(realistic(), sensitivity=(sensitive(54, mixed=False, hurt=False),)),
+    "no labels": dataclasses.replace(of_values(), sensitivity=(sensitive(20, labels=False),)),
+    "one exact layer": dataclasses.replace(
+        realistic(), sensitivity=(dataclasses.replace(sensitive(1, mixed=False, hurt=False), whole=None, layers=(
+            dataclasses.replace(sensitive(1).layers[0], sqnr_db=None, expected_drop=0.0, drop=None, changed=None),
+        )),)
+    ),
 }  # fmt: skip
 
 
@@ -155,6 +187,48 @@ def test_the_headline_of_nothing_names_the_reasons() -> None:
     assert host.lead == "Deploy nothing on host yet."
     assert len(host.because) == 3
     assert host.because[0].startswith("host-fp32: accuracy drop: 0.2 points")
+
+
+def test_the_headline_of_nothing_says_what_is_nearest() -> None:
+    host, _ = story.headlines(EDGES["nothing chosen"])
+    assert "Nearest: host-int8 " in host.body
+    assert "it would fit with --max-drop 0.003 --max-latency 0.136ms --max-size 29.8kB." in host.body
+    for text in (Page(html(EDGES["nothing chosen"])).text, markdown(EDGES["nothing chosen"])):
+        assert "Nearest: host-int8 drops 0.2 points where 0 is allowed" in text
+
+
+def test_the_front_is_drawn_and_listed() -> None:
+    made = searched()
+    page, noted = Page(html(made)), markdown(made)
+    assert sum(tag == "path" and a.get("class") == "front" for tag, a in page.tags) == 2, "wide and narrow"
+    on = [a for tag, a in page.tags if tag == "circle" and a.get("class") == "ring"]
+    assert on, "the chosen one is marked"
+    assert "The front: accuracy, latency and size (larger marks)" in page.text
+    (front,) = made.pareto
+    rows = [line for line in noted.splitlines() if line.startswith("| w")]
+    assert [line.split(" ")[1] for line in rows if "/student-" in line.split("|")[1]] == [
+        name.removeprefix("host/") for name in front.variants
+    ]
+    assert all(name.partition("/")[2].partition("/")[0] not in ("w2", "w4", "w6") for name in front.variants)
+    for text in (page.text, noted):
+        assert "10 of 11 candidates asked for were made by 2 processes; Optuna 5.0.0 (TPE) proposed them" in text
+        assert "model resnet8: it cannot be built" in text
+        assert text.count(", own rounds") == 6, "three candidates in two precisions are no finalists"
+        assert "30 of 30 epochs" in text
+
+
+def test_a_front_of_two_points_is_no_picture() -> None:
+    given: dict[str, Any] = {"target": "host", "accuracy": wilson(430, 450), "drop": Interval(0.01, 0.0, 0.02, 450)}
+    rows = [TEACHER, *(variant(f"v{i}", "onnx", **given, size_bytes=9 - i, latency_ms=latency(1 + i)) for i in (0, 1))]
+    assert "The front" not in html(finished(rows, BUDGET)) + markdown(finished(rows, BUDGET))
+    assert "The front" in html(realistic())
+
+
+def test_each_limit_of_a_verdict_has_its_own_mark() -> None:
+    text = html(EDGES["search in vain"])
+    why = text[text.index("<h2>Verdicts</h2>") :]
+    assert why.count("pill missed") > 20
+    assert "pill cannot-tell" in why, "memory was not measured"
 
 
 def test_int8_that_was_not_timed_has_still_to_earn_its_place() -> None:
@@ -304,6 +378,85 @@ def test_two_losses_on_the_same_layers_are_one_line() -> None:
     assert "1 × srd + 0.25 × cosine" in page.text
 
 
+def bars(text: str) -> list[dict[str, str | None]]:
+    """The bars of both widths, one width after the other."""
+    return [a for tag, a in Page(text).tags if tag == "rect" and a.get("class") in {"harm", "floated", "between"}]
+
+
+@pytest.mark.parametrize(("name", "count"), [("five layers", 5), ("150 layers, two targets", 150)])
+def test_what_int8_costs_is_drawn_layer_by_layer(name: str, count: int) -> None:
+    text = html(EDGES[name])
+    drawn = bars(text)[:count]
+    left = [float(bar["x"] or 0) for bar in drawn]
+    assert left == sorted(left), "from the input to the output"
+    tall = [float(bar["height"] or 0) for bar in drawn]
+    assert tall.index(max(tall)) == count // 2
+    assert all(height > 0 for height in tall)
+    ends = [float(bar["x"] or 0) + float(bar["width"] or 0) for bar in drawn]
+    assert all(end <= start + 0.11 for end, start in zip(ends, left[1:], strict=False)), "no bar covers its neighbour"
+    assert max(ends) <= 1108
+    floats = [i for i, bar in enumerate(drawn) if bar["class"] == "floated"]
+    assert floats == [count // 2 - min(3, count // 2), count // 2]
+    for words in ("accuracy lost, points", "input", "output", "computes in int8", "left in float", "6.1", "the taller"):
+        assert words in Page(text).text, words
+
+
+def test_the_worst_layers_are_said_in_plain_words() -> None:
+    found = sensitive(20)
+    assert sensitivity.sentence(found) == (
+        "The worst is blocks.2.se: in int8 it alone costs 6.1 points. With 2 layers in float "
+        "(blocks.2.se, blocks.1.conv_pwl) int8 costs 0.3 points instead of 6.8 points."
+    )
+    rows = sensitivity.table(found)
+    assert len(rows) == 10
+    assert rows[0] == (
+        "blocks.2.se alone costs 6.1 points", "+6.1 [+5.1, +7.3]", "12.2 %", "8.5 dB", "5.0 %, 1.30 k",
+        "costs 0.7 points", "float",
+    )  # fmt: skip
+    assert [row[-1] for row in rows] == ["float", "float", *["int8"] * 8]
+    costs = [sensitivity.damage(row, found) for row in found.layers]
+    assert max(costs) == pytest.approx(6.1)
+    easy = sensitive(54, mixed=False, hurt=False)
+    assert sensitivity.sentence(easy).endswith("no layer alone costs anything to speak of.")
+    # 30 dB are a thirtieth of the outputs' size
+    assert sensitivity.damage(easy.layers[0], easy) == pytest.approx(3.162, abs=1e-3)
+    missed = dataclasses.replace(sensitive(20, mixed=False), notes=("why",))
+    assert sensitivity.sentence(missed).endswith("no set of layers to leave in float was found.")
+
+
+def test_a_drop_on_labels_counts_where_it_is_certain() -> None:
+    row = sensitive(5).layers[2]
+    assert sensitivity.lost(dataclasses.replace(row, drop=Interval(0.2, 0.1, 0.3, 256))) == 0.2
+    assert sensitivity.lost(dataclasses.replace(row, drop=Interval(0.2, -0.1, 0.5, 256))) == row.expected_drop
+    assert sensitivity.lost(dataclasses.replace(row, drop=None)) == row.expected_drop
+
+
+def test_markdown_draws_bars_of_text_and_bounds_their_number() -> None:
+    noted = markdown(EDGES["150 layers, two targets"])
+    first = noted.split("## What int8 costs")[1]
+    lines = [line for line in first.splitlines() if line.startswith("| blocks.") and "alone costs" not in line]
+    assert len(lines) <= 40
+    (longest,) = [line for line in lines if "█" * 24 in line]
+    assert "blocks.18.conv\\_pwl" in longest
+    assert "6.1 points" in longest
+    assert "in float" in longest
+
+
+def test_a_block_is_marked_where_a_layer_of_it_is_in_float() -> None:
+    found = sensitive(5)
+    block = dataclasses.replace(found.layers[0], layer="blocks.0", kind="block")
+    other = dataclasses.replace(found.layers[0], layer="blocks.01", kind="block")
+    made = dataclasses.replace(found, layers=(block, other), float_layers=("blocks.0.conv",))
+    drawn = bars(sensitivity.drawing(made, "accuracy", 1108, 300))
+    assert [bar["class"] for bar in drawn] == ["floated", "harm"]
+    assert sensitivity.table(made)[0][0].startswith("the block blocks.0")
+
+
+def test_nothing_is_said_of_layers_that_were_not_looked_into() -> None:
+    for made in (realistic(), dataclasses.replace(realistic(), sensitivity=())):
+        assert "What int8 costs" not in html(made) + markdown(made)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -332,7 +485,10 @@ def test_a_limit_far_below_every_point_tints_nothing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["realistic", "nothing chosen", "one variant", "several heads", "hostile"])
+@pytest.mark.parametrize(
+    "name",
+    ["realistic", "nothing chosen", "one variant", "several heads", "hostile", "search", "150 layers, two targets"],
+)
 def test_a_browser_shows_it_on_a_phone_without_errors(name: str, tmp_path: Path) -> None:
     browser = next(
         (path for word in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(word))), None

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from sample_report import realistic
+from sample_report import realistic, searched, sensitive
 
 from edgekd import report
 from edgekd.errors import DataError, StoreError
@@ -46,6 +46,53 @@ def test_a_report_of_before_layers_were_told_is_read(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(document))
     read = report.load(tmp_path)
     assert (read.training, read.correspondence) == (None, ())
+    jsonschema.validate(document, report.schema())
+
+
+def test_a_search_is_written_and_read(tmp_path: Path) -> None:
+    written = searched()
+    report.dump(written, tmp_path / "report.json")
+    document = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    jsonschema.validate(document, report.schema())
+    assert report.load(tmp_path) == written
+    assert document["pareto"][0]["axes"] == ["drop", "latency_ms", "size_bytes"]
+    assert document["search"]["candidates"][-1]["refused"].endswith("cannot be built")
+    rows = {row["id"]: row for row in document["variants"]}
+    assert set(document["pareto"][0]["variants"]) <= set(rows)
+    assert rows["host/w2/student-int8"]["latency_ms"]["rounds"] == "w2"
+    assert rows["host/w20/student-int8"]["candidate"] == "w20"
+
+
+def test_a_report_of_before_searches_were_told_is_read(tmp_path: Path) -> None:
+    document = json.loads(json.dumps(dataclasses.asdict(realistic())))
+    for key in ("nearest", "pareto", "search"):
+        del document[key]
+    del document["budget"]["max_memory_bytes"]
+    for row in document["variants"]:
+        del row["candidate"]
+        if row["latency_ms"]:
+            del row["latency_ms"]["rounds"]
+        if row["verdict"]:
+            del row["verdict"]["limits"]
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    jsonschema.validate(document, report.schema())
+    read = report.load(tmp_path)
+    assert (read.nearest, read.pareto, read.search) == ({}, (), None)
+    assert report.rejudged(read, read.budget) == realistic()
+
+
+def test_sensitivity_is_in_the_schema_and_reports_of_before_it_are_read(tmp_path: Path) -> None:
+    written = dataclasses.replace(realistic(), sensitivity=(sensitive(5), sensitive(30, mixed=False, labels=False)))
+    report.dump(written, tmp_path / "report.json")
+    assert report.load(tmp_path) == written
+    document = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    jsonschema.validate(document, report.schema())
+    document["sensitivity"][0]["layers"][0]["kind"] = "neuron"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, report.schema())
+    del document["sensitivity"]
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    assert report.load(tmp_path) == realistic()
     jsonschema.validate(document, report.schema())
 
 

@@ -15,6 +15,17 @@ def test_times(text: str, value: float) -> None:
     assert units.milliseconds(text, "--max-latency") == pytest.approx(value)
 
 
+@pytest.mark.parametrize(("text", "value"), [("90s", 90.0), ("20m", 1200.0), ("20 min", 1200.0), ("1.5h", 5400.0)])
+def test_durations(text: str, value: float) -> None:
+    assert units.seconds(text, "--time-budget") == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["20", "0m", "20ms", "soon"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"--time-budget: .*e\.g\. 20m"):
+        units.seconds(text, "--time-budget")
+
+
 @pytest.mark.parametrize(("text", "value"), [("4MB", 4_000_000), ("900 kB", 900_000), ("2MiB", 2 * 2**20), ("1b", 1)])
 def test_sizes(text: str, value: int) -> None:
     assert units.size_bytes(text, "--max-size") == value

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from edgekd import plugins, recipe, report, target, types
+from edgekd import goals, outcome, plugins, recipe, report, target, types
 from edgekd.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,6 +104,8 @@ def _recipe() -> Iterator[str]:
     yield "by `[teacher.train]`; the student is trained by `[distill]`.\n"
     yield "Several teachers are `[[teacher]]` tables. The student learns the mean of their probabilities, by `weight`"
     yield "(float > 0, default `1.0`) in each of the tables, and the first one's features.\n"
+    yield 'A student with `model = "pruned"` is its (first) teacher with channels cut out, as `[prune]` says; see'
+    yield "[pruning](pruning.md).\n"
     yield "## `[teacher.train]` and `[distill]`\n"
     yield from _table(_keys(types.TrainOptions))
     yield "\nIn `[distill]` label smoothing is an option of the loss `ce`; in `[teacher.train]`, where nobody is asked,"
@@ -142,6 +144,7 @@ def _recipe() -> Iterator[str]:
         ("augment", types.Augment),
         ("export", recipe.Export),
         ("quantize", recipe.Quantize),
+        ("prune", goals.Prune),
         ("budget", types.Budget),
     ):
         yield f"## `[{title}]`\n"
@@ -268,6 +271,7 @@ def _targets() -> Iterator[str]:
     yield "## Keys of a target file\n"
     for title, cls in (
         ("quantization", types.QuantizationRules),
+        ("pruning", types.PruningRules),
         ("[device]", types.Device),
         ("[device.mode]", types.PowerMode),
     ):
@@ -296,12 +300,21 @@ def _report() -> Iterator[str]:
         types.Estimate,
         types.Budget,
         types.Verdict,
+        outcome.Limit,
+        outcome.Nearest,
+        outcome.Front,
+        outcome.Search,
+        outcome.Candidate,
+        types.Sensitivity,
+        types.LayerSensitivity,
         types.Training,
         types.LossTerm,
         types.Part,
-        types.Matched,
-        types.LayerPair,
-        types.Layer,
+        outcome.Matched,
+        outcome.LayerPair,
+        outcome.Layer,
+        outcome.Pruning,
+        outcome.LeftAlone,
     )
     for cls in shown:
         yield f"## {cls.__name__}\n"

@@ -59,6 +59,23 @@ def environment() -> dict[str, Json]:
     }
 
 
+def without_vnni(facts: Mapping[str, Json] | None = None) -> str | None:
+    """What to know of int8 on an x86 CPU that has no VNNI; None on any other, and where it is not known.
+
+    Args:
+        facts: an `environment()`; left out: of this machine.
+    """
+    facts = environment() if facts is None else facts
+    cpu = facts.get("cpu")
+    features = cpu.get("features") if isinstance(cpu, dict) else None
+    if facts.get("architecture") not in ("x86_64", "AMD64") or not isinstance(features, dict) or features.get("vnni"):
+        return None
+    return (
+        "this CPU has no VNNI: int8 gains less on it, and ONNX Runtime clips its sums at 16 bits; int8 files that "
+        "edgekd makes for the target host are made for that, files of other tools may lose accuracy here"
+    )
+
+
 def clocks(cpus: Sequence[int] | None = None) -> dict[str, Json]:
     """What changes while one measures: frequency, governor, temperature, throttling; taken before and after."""
     missing: dict[str, Json] = {}

@@ -20,13 +20,26 @@ _CONV = {"Conv": (0, 1), "FusedConv": (0, 1), "ConvInteger": (0, 1), "QLinearCon
 _GEMM = {"Gemm": (0, 1), "QGemm": (0, 3)}
 _MATMUL = {"MatMul": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3)}
 # Operators that hold most of the work where they occur, and whose work is not counted here: better none than too few.
-_UNCOUNTED = {"Einsum", "LSTM", "GRU", "RNN", "Attention", "MultiHeadAttention", "DeformConv", "If", "Loop", "Scan"}
+_UNCOUNTED = {
+    "Einsum",
+    "LSTM",
+    "GRU",
+    "RNN",
+    "DynamicQuantizeLSTM",
+    "Attention",
+    "MultiHeadAttention",
+    "DeformConv",
+    "If",
+    "Loop",
+    "Scan",
+}
 # Inputs that hold weights, by operator; running statistics of a normalisation are no parameters.
 _WEIGHTS: Mapping[str, tuple[int, ...]] = {
     "Conv": (1, 2), "FusedConv": (1, 2), "ConvTranspose": (1, 2), "ConvInteger": (1,), "QLinearConv": (3, 8),
     "Gemm": (0, 1, 2), "QGemm": (0, 3, 6), "MatMul": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3),
     "BatchNormalization": (1, 2), "InstanceNormalization": (1, 2), "LayerNormalization": (1, 2),
     "GroupNormalization": (1, 2), "RMSNormalization": (1,), "PRelu": (1,), "Gather": (0,),
+    "LSTM": (1, 2, 3), "GRU": (1, 2, 3), "RNN": (1, 2, 3), "DynamicQuantizeLSTM": (1, 2, 3),
 }  # fmt: skip
 # Element-wise operators: their constants are weights (a bias, a position embedding, a layer scale) behind the first
 # operator that has weights of its own, and normalise the input before it.
@@ -178,9 +191,14 @@ def _parameters(graph: onnx.GraphProto) -> int:
 
 
 def _source(name: str, made_by: Mapping[str, onnx.NodeProto]) -> str:
-    while name in made_by and made_by[name].op_type in _THROUGH:
+    while name in made_by and (made_by[name].op_type in _THROUGH or _scaled(made_by[name], made_by)):
         name = made_by[name].input[0]
     return name
+
+
+def _scaled(node: onnx.NodeProto, made_by: Mapping[str, onnx.NodeProto]) -> bool:
+    """Cast(int8) · scale, which weight-only int8 has in the place of a weight."""
+    return node.op_type == "Mul" and node.input[0] in made_by and made_by[node.input[0]].op_type == "Cast"
 
 
 def _io_bytes(graph: onnx.GraphProto) -> int:

@@ -27,6 +27,8 @@ _ALLOWED: Mapping[Precision, tuple[float, float]] = {
     "fp32": (0.01, 0.9995),
     "fp16": (0.03, 0.999),
     "int8": (0.1, 0.99),
+    "w8": (0.01, 0.9995),  # computed in fp32
+    "dynamic": (0.1, 0.99),
 }
 
 

@@ -13,7 +13,7 @@ from edgekd.correspondence.align import FEWEST, MOST_PAIRS, align, cka, grams, q
 from edgekd.correspondence.choice import Relation, relation
 from edgekd.correspondence.inputs import Inputs, Probe, inputs_of
 from edgekd.correspondence.pair import Pair, Role
-from edgekd.correspondence.pruned import channel_map, is_copy
+from edgekd.correspondence.pruned import channel_map, is_copy, is_cut_from, recorded_map
 from edgekd.correspondence.stages import Survey, survey
 from edgekd.correspondence.taps import Tap
 
@@ -48,10 +48,17 @@ class Both:
 
     @cached_property
     def copied(self) -> bool:
-        """The student was cut out of the teacher, and its weights are still the teacher's."""
+        """The student was cut out of the teacher, and says so or has weights that are still the teacher's."""
+        if self.recorded:
+            return True
         return is_copy(self.teacher.network, self.student.network) and any(
             self._channel_map(mine, mine) for mine in self._heads_and_stages()
         )
+
+    @cached_property
+    def recorded(self) -> bool:
+        """The student has a record of having been cut out of this teacher."""
+        return is_cut_from(self.teacher.network, self.student.network)
 
     @property
     def relation(self) -> Relation:
@@ -161,4 +168,6 @@ class Both:
         if student.path != teacher.path:
             return None
         writer = self.student.survey.writers.get(student.path)
+        if self.recorded:
+            return recorded_map(self.student.network, writer)
         return channel_map(self.teacher.network, self.student.network, writer)

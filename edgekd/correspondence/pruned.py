@@ -1,14 +1,69 @@
-"""A student cut out of its teacher: which of the teacher's channels each of its own was."""
+"""A student cut out of its teacher: which of the teacher's channels each of its own was.
+
+It is known from a record that pruning leaves on the student, and holds however long that is trained; without one it is
+looked for in weights that are still the teacher's.
+"""
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from edgekd.correspondence.taps import inner
 
+# By parameter and dimension the positions of the original that are left; a dimension that is not there is whole.
+Kept: TypeAlias = "Mapping[str, Mapping[int, tuple[int, ...]]]"
+_RECORD = "edgekd_cut_from"
 _PROBED = 4  # input channels in which weights are looked for; that of a random weight agrees by chance once in 2²⁴
 _CHUNK = 2**24  # comparisons made at once
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    origin: str  # fingerprint of the network that it was cut out of
+    kept: Kept
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A hash of a network's parameters, which tells it from others of its architecture."""
+    digest = hashlib.sha256()
+    for name, value in inner(network).named_parameters():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:20]
+
+
+def remember(network: nn.Module, kept: Kept, origin: str) -> None:
+    """Leave on a network what of another one, known by its fingerprint, it was cut out of."""
+    setattr(inner(network), _RECORD, _Record(origin, kept))
+
+
+def remembered(network: nn.Module) -> tuple[Kept, str] | None:
+    """What was kept of which network, where that is known."""
+    record = getattr(inner(network), _RECORD, None)
+    return (record.kept, record.origin) if isinstance(record, _Record) else None
+
+
+def is_cut_from(teacher: nn.Module, student: nn.Module) -> bool:
+    """The student has a record of having been cut out of this very teacher."""
+    record = remembered(student)
+    return record is not None and record[1] == fingerprint(teacher)
+
+
+def recorded_map(student: nn.Module, writer: tuple[str, int] | None) -> tuple[int, ...] | None:
+    """The teacher's channel for each channel of the student, as its record has it; `writer` as in `channel_map`."""
+    record = remembered(student)
+    if writer is None or record is None:
+        return None
+    name, dim = writer
+    parameter = dict(inner(student).named_parameters()).get(name)
+    whole = tuple(range(parameter.shape[dim])) if parameter is not None else None
+    return record[0].get(name, {}).get(dim, whole)
 
 
 def is_copy(teacher: nn.Module, student: nn.Module) -> bool:

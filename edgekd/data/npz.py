@@ -46,7 +46,7 @@ def npz(
             NaN or infinite values.
     """
     where = str(path)
-    arrays = _read(Path(path).expanduser())
+    arrays = read_arrays(Path(path).expanduser())
     given_classes = arrays.pop("classes", None)
     split = "y_train" in arrays
     suffix = "_train" if split else ""
@@ -81,7 +81,12 @@ def npz(
     )
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every array of an .npz file by name; nothing is unpickled.
+
+    Raises:
+        DataError: no such file, or not one of plain numbers.
+    """
     if not path.is_file():
         siblings = [file.name for file in path.parent.glob("*.npz")] if path.parent.is_dir() else []
         raise DataError("no such file", where=str(path), nearest=nearest(path.name, siblings))

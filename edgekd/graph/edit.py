@@ -35,7 +35,9 @@ def strip(model: onnx.ModelProto) -> onnx.ModelProto:
     functions, nodes, values and initializers. Only inputs and outputs keep their names. The same computation gives the
     same bytes, whatever the exporter called things.
     """
-    cleaned = ir.from_proto(model)
+    own = onnx.ModelProto()
+    own.CopyFrom(model)  # renaming a value of the intermediate form renames the tensor that it was read from, too
+    cleaned = ir.from_proto(own)
     passes.InlinePass()(cleaned)
     passes.RemoveUnusedNodesPass()(cleaned)
     passes.DeduplicateInitializersPass()(cleaned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from edgekd.models.geometry import channels_height_width
 from edgekd.types import TensorSpec
 
 Shortcut = Literal["pad", "conv"]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class PadShortcut(nn.Module):
@@ -92,10 +93,11 @@ def _stage(blocks: int, channels_in: int, channels: int, stride: int, shortcut: 
     return nn.Sequential(first, *(Block(channels, channels, 1, shortcut) for _ in range(blocks - 1)))
 
 
-def convolution_shortcuts(network: ResNet) -> ResNet:
+def convolution_shortcuts(network: Model) -> Model:
     """A copy whose parameter-free shortcuts are the 1 × 1 convolutions that compute exactly the same.
 
-    Pruning needs it: torch-pruning cannot follow a padding of channels. The convolutions can then be trained.
+    The blocks may be anywhere inside the network. Pruning needs it: torch-pruning cannot follow a padding of channels.
+    The convolutions can then be trained.
     """
     copied = copy.deepcopy(network)
     for block in copied.modules():

@@ -32,12 +32,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(batch × time × width) → the same; `bias` (batch × 1 × 1 × time) is added to the scores of keys."""
-        batch, steps, width = x.shape
+        """(batch × time × width) → the same; `bias` (batch × 1 × 1 × time) is added to the scores of keys.
+
+        Heads may be fewer than share the width: pruning cuts them whole.
+        """
+        batch, steps, _ = x.shape
         parts = self.qkv(self.norm1(x)).chunk(3, 2)
         query, key, value = (part.reshape(batch, steps, self.heads, -1).transpose(1, 2) for part in parts)
         seen = scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        x = x + self.dropout(self.proj(seen.transpose(1, 2).reshape(batch, steps, width)))
+        x = x + self.dropout(self.proj(seen.transpose(1, 2).reshape(batch, steps, self.proj.in_features)))
         out: Tensor = x + self.dropout(self.mlp(self.norm2(x)))
         return out
 

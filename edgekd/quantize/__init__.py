@@ -19,8 +19,9 @@ from edgekd.graph.edit import cast_first, save, strip
 from edgekd.graph.opset import lower
 from edgekd.graph.program import Program, capture, graph_inputs, reason, recapture, to_onnx
 from edgekd.quantize import state
+from edgekd.quantize.examination import examine
 from edgekd.quantize.fallback import quantize_onnx
-from edgekd.quantize.ladder import Ladder, holds, told
+from edgekd.quantize.ladder import SECONDS, Ladder, holds, told
 from edgekd.quantize.qdq import finish
 from edgekd.quantize.quantizer import within
 from edgekd.quantize.samples import Halves, Stored
@@ -30,9 +31,9 @@ from edgekd.types import Arrays, Batch, Json, QuantizationMethod, QuantizationRu
 if TYPE_CHECKING:
     from edgekd.models.network import Network
 
-__all__ = ["VERSION", "holds", "quantize", "told", "write"]
+__all__ = ["SECONDS", "VERSION", "holds", "quantize", "told", "write"]
 
-VERSION = 2
+VERSION = 3
 MAX_DROP = 0.005  # half a point
 
 
@@ -49,7 +50,10 @@ def quantize(
     max_drop: float = MAX_DROP,
     float_layers: Sequence[str] = (),
     task: Task | None = None,
+    sensitivity: bool = False,
+    mixed: bool = False,
     keep: Path | None = None,
+    seconds: float = SECONDS,
 ) -> dict[str, Json]:
     """Calibrate `network`, quantize it as `rules` say and write the Q/DQ graph to `path`.
 
@@ -67,12 +71,17 @@ def quantize(
         max_drop: part of the task's metric that may be lost against the float network.
         float_layers: paths of layers, or of modules around them, that stay in float.
         task: what the logits are for; None: one class for each sample.
+        sensitivity: measure what each layer costs alone.
+        mixed: where the drop is more than `max_drop`, look for the fewest layers that must stay in float; this graph
+            has them in integers still.
         keep: where the simulation is written, for what goes on from it (`state.load`); not where there is a fallback.
+        seconds: from which on no further layer's rounding is learned.
 
     Returns:
         `quantizer` (pt2e or onnxruntime), `fallback` (why not pt2e, or None), `quantized` (layers), `float` (layer →
         why it stays in float), `samples`, `methods` (all that was tried, with figures), `static_batch` (why the batch
-        is fixed, or None), `nodes` (count by type).
+        is fixed, or None), `nodes` (count by type); where it was asked for `sensitivity` (a row for each layer) and
+        `mixed` (sets of layers, see `mixed.Found`; None: there was no need).
 
     Raises:
         DataError: no calibration samples.
@@ -94,11 +103,13 @@ def quantize(
         samples = Halves(network, calibration, preprocessing, program.why_static is not None)
         ladder = Ladder(simulation, samples, max_drop=max_drop, task=task)
         if method == "auto":
-            ladder.climb(say)
+            ladder.climb(say, seconds=seconds)
         else:
-            ladder.apply(method)
+            ladder.apply(method, seconds=seconds)
         model, meta = write(simulation, opset)
         meta |= {"samples": ladder.samples_used, "methods": ladder.to_json()}
+        if sensitivity:
+            meta |= examine(ladder, mixed=mixed, say=say)
         if keep is not None:
             state.save(simulation, keep)
     except (DataError, RecipeError, MemoryError):

@@ -70,10 +70,17 @@ def measure(
         batches: inputs with their labels, or None.
         task: what the logits are for; None: one class for each sample.
     """
+    both = (
+        (simulation.logits(inputs, quantized=False), simulation.logits(inputs, quantized=True), labels)
+        for inputs, labels in batches
+    )
+    return compare(both, task)
+
+
+def compare(batches: Iterable[tuple[Tensor, Tensor, np.ndarray | None]], task: Task | None = None) -> Loss:
+    """Compare logits that are there: wanted ones, found ones, and labels or None, batch by batch."""
     sums = _Sums()
-    for inputs, labels in batches:
-        wanted = simulation.logits(inputs, quantized=False)
-        found = simulation.logits(inputs, quantized=True)
+    for wanted, found, labels in batches:
         _add(sums, wanted, found, task)
         if labels is not None and task is not None and not task.values:
             scores = [task.scores(output.numpy(), labels) for output in (wanted, found)]

@@ -178,11 +178,12 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
     def _weight(self, axis: int) -> QuantizationSpecBase:
         whole = not self.rules.weight_per_channel
         channels = None if whole else axis
+        largest = 127 if self.rules.weight_bits == 8 else 64  # 255 · (64 + 64) fits 16 bits: `saturation.py`
         return QuantizationSpec(
             dtype=torch.int8,
             observer_or_fake_quant_ctr=FakeQuantizer.with_args(lowest_scale=LOWEST_SCALE, ch_axis=channels),
-            quant_min=-127,  # -128 · -128 would overflow the 16-bit sums of older kernels, and symmetry wants it unused
-            quant_max=127,
+            quant_min=-largest,  # not -128: -128 · -128 overflows 16-bit sums of old kernels; symmetry wants it unused
+            quant_max=largest,
             qscheme=torch.per_tensor_symmetric if whole else torch.per_channel_symmetric,
             ch_axis=channels,
         )

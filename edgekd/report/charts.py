@@ -11,6 +11,7 @@ from edgekd.report import figures, svg
 from edgekd.report.svg import Axis, Box, element
 from edgekd.types import Interval
 
+KINDS = ("chosen", "teacher", "front", "other", "missed")  # of points, those that take their places first
 _LOG_FROM = 5.0  # a cost axis becomes logarithmic where its largest value is so many times its smallest
 
 
@@ -23,7 +24,9 @@ class Point:
     cost: float
     cost_low: float
     cost_high: float
-    kind: str  # chosen, teacher, missed or other: a class of the style sheet
+    kind: str  # chosen, teacher, front, missed or other: a class of the style sheet
+    named: bool = True  # with its label; one without has it where the pointer rests
+    radius: float = 5.0  # pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,12 @@ def scatter(
     shown: Callable[[float], str],
     width: int,
     height: int,
+    front: Sequence[Point] = (),
 ) -> Markup:
-    """The metric (upwards) against a cost (to the right), with intervals as bars and the budget as dashed lines."""
+    """The metric (upwards) against a cost (to the right), with intervals as bars and the budget as dashed lines.
+
+    A step line joins those of `front` that are the most accurate at their cost.
+    """
     frame = Box(50.0, 22.0, width - 14.0, height - 44.0)
     costs = [edge for p in points for edge in (p.cost_low, p.cost_high)]
     marks = [p.cost for p in points] + ([limits.cost] if limits.cost is not None else [])
@@ -73,6 +80,7 @@ def scatter(
     parts = [
         _grid(frame, x, y, shown, metric, cost_name),
         _budget(frame, x, y, drawn),
+        _staircase(front, x, y, frame),
         *(_bars(p, x, y) for p in points),
     ]
     parts += [_mark(p, x, y) for p in sorted(points, key=lambda p: p.kind == "chosen")]
@@ -173,6 +181,20 @@ def _budget(frame: Box, x: Axis, y: Axis, limits: Limits) -> Markup:
     return svg.joined(parts)
 
 
+def _staircase(front: Sequence[Point], x: Axis, y: Axis, frame: Box) -> Markup:
+    """What is to be had at each cost: from every step to the next one that is more accurate."""
+    steps: list[Point] = []
+    for point in sorted(front, key=lambda p: (p.cost, -p.accuracy.value)):
+        if not steps or point.accuracy.value > steps[-1].accuracy.value:
+            steps.append(point)
+    if not steps:
+        return Markup("")
+    path = f"M{x.px(steps[0].cost):.1f} {y.px(steps[0].accuracy.value):.1f}"
+    for point in steps[1:]:
+        path += f"H{x.px(point.cost):.1f}V{y.px(point.accuracy.value):.1f}"
+    return element("path", cls="front", d=f"{path}H{frame.right:.1f}")
+
+
 def _bars(point: Point, x: Axis, y: Axis) -> Markup:
     at_x, at_y = x.px(point.cost), y.px(point.accuracy.value)
     low, high = y.px(point.accuracy.low), y.px(point.accuracy.high)
@@ -190,21 +212,25 @@ def _mark(point: Point, x: Axis, y: Axis) -> Markup:
     if point.kind == "teacher":
         diamond = f"M{at_x:.1f} {at_y - 6.5:.1f}l6.5 6.5l-6.5 6.5l-6.5 -6.5Z"
         return element("path", tip, cls="point teacher", d=diamond)
-    ring = element("circle", cls="ring", cx=at_x, cy=at_y, r=9.5) if point.kind == "chosen" else Markup("")
-    return ring + element("circle", tip, cls=f"point {point.kind}", cx=at_x, cy=at_y, r=5.0)
+    ring = (
+        element("circle", cls="ring", cx=at_x, cy=at_y, r=point.radius + 4.5) if point.kind == "chosen" else Markup("")
+    )
+    return ring + element("circle", tip, cls=f"point {point.kind}", cx=at_x, cy=at_y, r=point.radius)
 
 
 def _labels(points: Sequence[Point], x: Axis, y: Axis, frame: Box) -> list[Markup]:
     """Chosen and teacher choose their places first."""
     taken = [_around(p, x, y) for p in points] + [_bar_box(p, x, y) for p in points]
     centres = [(x.px(p.cost), y.px(p.accuracy.value)) for p in points]
-    order = sorted(points, key=lambda p: ("chosen", "teacher", "other", "missed").index(p.kind))
+    order = sorted((p for p in points if p.named), key=lambda p: KINDS.index(p.kind))
     most = 26 if frame.right - frame.left > 380 else 17
     parts: list[Markup] = []
     for point in order:
         at_x, at_y = x.px(point.cost), y.px(point.accuracy.value)
         label = svg.shortened(point.label, most)
-        box, far = svg.place(at_x, at_y, label, taken, centres, frame, 11.0 if point.kind == "chosen" else 7.0)
+        box, far = svg.place(
+            at_x, at_y, label, taken, centres, frame, point.radius + (6.0 if point.kind == "chosen" else 2.0)
+        )
         taken.append(box)
         if far:
             edge = min(max(at_x, box.left), box.right)
@@ -218,7 +244,8 @@ def _labels(points: Sequence[Point], x: Axis, y: Axis, frame: Box) -> list[Marku
 
 def _around(point: Point, x: Axis, y: Axis) -> Box:
     at_x, at_y = x.px(point.cost), y.px(point.accuracy.value)
-    return Box(at_x - 7, at_y - 7, at_x + 7, at_y + 7)
+    reach = point.radius + 2
+    return Box(at_x - reach, at_y - reach, at_x + reach, at_y + reach)
 
 
 def _bar_box(point: Point, x: Axis, y: Axis) -> Box:

@@ -6,7 +6,7 @@ How limits are decided:
   Asking for the whole interval would turn down every variant on a test set of some hundred samples, the perfect ones
   too.
 - Latency: a median can be measured again, so its whole interval must lie on one side; else "cannot tell".
-- Size: exact.
+- Size: exact. Peak memory: one process that was watched, held to the limit as it is.
 - What was not measured cannot be told; but a roofline bound above the limit, on every device and mode, is a miss.
 
 How one is chosen: among the variants of a target that keep the budget, none turned down for int8 that brings nothing.
@@ -18,10 +18,13 @@ limit, one whose accuracy was not measured, and the teacher, which is what one h
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
+from edgekd.outcome import Limit
 from edgekd.report import figures
 from edgekd.types import Budget, Comparison, Status, Variant, Verdict
 
+_LEAST_DROP = 0.01  # a point: what a drop is told as a part of where none, or less than one, is allowed
 _TIE = 1.03  # medians closer than this are one latency: accuracy decides
 _FLOAT = ("fp32", "fp16")
 _STAGES = ("onnx", "quantized", "engine")  # what can be deployed, the furthest last
@@ -33,41 +36,47 @@ def judge(variant: Variant, teacher: Variant, budget: Budget, metric: str = "acc
 
 
 def _judge(variant: Variant, budget: Budget, metric: str = "accuracy", *, is_teacher: bool = False) -> Verdict:
-    reasons: list[tuple[Status, str]] = []
+    limits: list[Limit] = []
     if budget.max_accuracy_drop is not None:
-        reasons.append(_drop(variant, budget.max_accuracy_drop, metric, is_teacher=is_teacher))
+        limits.append(_drop(variant, budget.max_accuracy_drop, metric, is_teacher=is_teacher))
     if budget.max_latency_ms is not None:
-        reasons.append(_latency(variant, budget.max_latency_ms))
+        limits.append(_latency(variant, budget.max_latency_ms))
     if budget.max_size_bytes is not None:
-        reasons.append(_size(variant, budget.max_size_bytes))
-    if not reasons:
+        limits.append(_size(variant, budget.max_size_bytes))
+    if budget.max_memory_bytes is not None:
+        limits.append(_memory(variant, budget.max_memory_bytes))
+    if not limits:
         return Verdict("met", ("the budget sets no limit",))
-    found = {status for status, _ in reasons}
+    found = {limit.status for limit in limits}
     order: tuple[Status, ...] = ("missed", "cannot tell", "met")
-    return Verdict(next(status for status in order if status in found), tuple(text for _, text in reasons))
+    status = next(status for status in order if status in found)
+    return Verdict(status, tuple(limit.reason for limit in limits), tuple(limits))
 
 
 def rejections(variants: Sequence[Variant], budget: Budget, comparisons: Sequence[Comparison] = ()) -> dict[str, str]:
     """Variant id → why it does not earn its place: int8 that was measured no faster than float on the same target.
 
-    Held against each int8 variant: the fastest float variant of the same target and runtime, measured under the same
-    conditions, that does not miss the budget itself (one that is too large is no alternative). Where both were timed
-    in the same interleaved rounds the interval of their ratio decides, else whether their intervals are apart.
+    int8 and dynamic int8 must be faster; weight-only int8, which computes in float, must be smaller and not slower.
+    Held against each of them: the fastest float variant of the same student, target and runtime, measured under the
+    same conditions, that does not miss the budget itself (one that is too large is no alternative). Where both were
+    timed in the same interleaved rounds the interval of their ratio decides, else whether their intervals are apart.
     """
     found: dict[str, str] = {}
     for variant in variants:
-        if variant.precision != "int8" or variant.latency_ms is None or variant.target is None:
+        if variant.precision in _FLOAT or variant.latency_ms is None or variant.target is None:
             continue
         rivals = [
             rival
             for rival in variants
             if rival.precision in _FLOAT
             and rival.stage in _STAGES
+            and rival.candidate == variant.candidate
             and _comparable(rival, variant)
             and _judge(rival, budget).status != "missed"
         ]
         if rivals:
-            reason = _no_gain(variant, min(rivals, key=_p50), comparisons)
+            gain = _no_smaller if variant.precision == "w8" else _no_gain
+            reason = gain(variant, min(rivals, key=_p50), comparisons)
             if reason:
                 found[variant.id] = reason
     return found
@@ -78,18 +87,15 @@ def choose(
 ) -> dict[str, str | None]:
     """Target → id of the variant to deploy there, None where every one misses the budget.
 
-    Of those that may be chosen (see the module): the lowest measured latency; medians that cannot be told apart, or
+    Of those that may be chosen (see the module), and of these the ones that were timed in the report's own rounds
+    where there are some: the lowest measured latency; medians that cannot be told apart, or
     differ by less than 3 %, are a tie, which the higher accuracy wins, then the smaller file. Where no latency was
     measured on the target, the smallest file; then the higher accuracy.
     """
     turned_down = rejections(variants, budget, comparisons)
     chosen: dict[str, str | None] = {}
     for target in dict.fromkeys(v.target for v in variants if v.target is not None):
-        offered = [
-            v
-            for v in variants
-            if v.target == target and v.stage in _STAGES and v.accuracy is not None and v.id not in turned_down
-        ]
+        offered = [v for v in deployable(variants, target) if v.id not in turned_down]
         for status in ("met", "cannot tell"):
             allowed = [v for v in offered if _judge(v, budget).status == status]
             if allowed:
@@ -100,8 +106,15 @@ def choose(
     return chosen
 
 
+def deployable(variants: Sequence[Variant], target: str) -> list[Variant]:
+    """The variants of a target that could be chosen: no weights, not the teacher, and none of unknown accuracy."""
+    return [v for v in variants if v.target == target and v.stage in _STAGES and v.accuracy is not None]
+
+
 def _best(allowed: Sequence[Variant]) -> Variant:
     timed = [v for v in allowed if v.latency_ms is not None]
+    # Of a search: what was timed elsewhere was beaten there, and figures of two rounds are not held against each other.
+    timed = [v for v in timed if v.latency_ms is not None and v.latency_ms.rounds is None] or timed
     if not timed:
         return min(allowed, key=lambda v: (_size_key(v), -_accuracy(v), -_STAGES.index(v.stage), v.id))
     fastest = min(timed, key=_p50)
@@ -115,11 +128,12 @@ def _comparable(rival: Variant, variant: Variant) -> bool:
     one, two = rival.latency_ms, variant.latency_ms
     if one is None or two is None or (rival.target, rival.runtime) != (variant.target, variant.runtime):
         return False
-    return (one.device, one.threads, one.power_mode, one.origin) == (
+    return (one.device, one.threads, one.power_mode, one.origin, one.rounds) == (
         two.device,
         two.threads,
         two.power_mode,
         two.origin,
+        two.rounds,
     )
 
 
@@ -131,11 +145,23 @@ def _no_gain(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]
     if verdict == "faster":
         return None
     told = {"slower": f"{ratio:.2f}{figures.TIMES} slower than", "same": "no faster than"}
+    form = "dynamic int8" if variant.precision == "dynamic" else "int8"
     return (
-        f"int8 must earn its place: at {figures.milliseconds(ours.p50)} {figures.latency_interval(ours)} it is "
+        f"{form} must earn its place: at {figures.milliseconds(ours.p50)} {figures.latency_interval(ours)} it is "
         f"{told.get(verdict, 'not shown to be faster than')} {rival.id} in {rival.precision} at "
         f"{figures.milliseconds(theirs.p50)} {figures.latency_interval(theirs)}"
     )
+
+
+def _no_smaller(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]) -> str | None:
+    verdict, ratio = _against(variant, rival, comparisons)
+    if variant.size_bytes is not None and rival.size_bytes is not None and variant.size_bytes >= rival.size_bytes:
+        why = f"at {figures.size(variant.size_bytes)} it is no smaller than"
+    elif verdict == "slower":
+        why = f"it is {ratio:.2f}{figures.TIMES} slower than"
+    else:
+        return None
+    return f"int8 weights must earn their place: {why} {rival.id} in {rival.precision}"
 
 
 def _against(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]) -> tuple[str, float]:
@@ -152,13 +178,14 @@ def _against(variant: Variant, rival: Variant, comparisons: Iterable[Comparison]
     return verdict, ours.p50 / theirs.p50
 
 
-def _drop(variant: Variant, limit: float, metric: str, *, is_teacher: bool) -> tuple[Status, str]:
+def _drop(variant: Variant, limit: float, metric: str, *, is_teacher: bool) -> Limit:
     allowed = f"{figures.limit_points(limit)} allowed"
     if is_teacher:
-        return "met", f"{metric}: the teacher itself; {allowed}"
+        return Limit("drop", "met", limit, 0.0, None, None, 0.0, f"{metric}: the teacher itself; {allowed}")
     drop = variant.drop
     if drop is None:
-        return "cannot tell", f"{metric} drop: not measured ({_why(variant, 'drop', 'accuracy')}); {allowed}"
+        text = f"{metric} drop: not measured ({_why(variant, 'drop', 'accuracy')}); {allowed}"
+        return Limit("drop", "cannot tell", limit, None, None, None, 0.0, text)
     status: Status = "met" if drop.value <= limit + 1e-12 else "missed"
     text = f"{metric} drop: {figures.points(drop.value, drop.n, signed=False)} points "
     text += f"{figures.points_interval(drop)} on {drop.n:,} samples; {allowed}"
@@ -166,32 +193,52 @@ def _drop(variant: Variant, limit: float, metric: str, *, is_teacher: bool) -> t
         text += "; the interval reaches beyond the limit, so other samples may show a larger drop"
     if status == "missed" and drop.low <= limit:
         text += "; the interval reaches below the limit, so more samples might show a smaller drop"
-    return status, text
+    excess = (drop.value - limit) / max(limit, _LEAST_DROP) if status == "missed" else 0.0
+    return Limit("drop", status, limit, drop.value, drop.low, drop.high, excess, text)
 
 
-def _latency(variant: Variant, limit: float) -> tuple[Status, str]:
+def _latency(variant: Variant, limit: float) -> Limit:
     allowed = f"{figures.plain(figures.milliseconds(limit))} allowed"
     latency = variant.latency_ms
     if latency is not None and latency.origin != "estimate":
         status: Status = "met" if latency.high <= limit else "missed" if latency.low > limit else "cannot tell"
         text = f"latency: {figures.milliseconds(latency.p50)} {figures.latency_interval(latency)} on {latency.device}"
         crossing = "; the interval holds the limit: measure longer, or on a quieter machine"
-        return status, f"{text}; {allowed}" + (crossing if status == "cannot tell" else "")
+        text = f"{text}; {allowed}" + (crossing if status == "cannot tell" else "")
+        excess = (latency.p50 - limit) / limit if status == "missed" else 0.0
+        return Limit("latency_ms", status, limit, latency.p50, latency.low, latency.high, excess, text)
     bounds = [estimate.lower_bound_ms for estimate in variant.estimates]
     if bounds and min(bounds) > limit:
         least = figures.milliseconds(min(bounds))
-        return "missed", f"latency: not measured, but at least {least} on every device listed (roofline); {allowed}"
-    return "cannot tell", f"latency: not measured ({_why(variant, 'latency_ms')}); {allowed}"
+        text = f"latency: not measured, but at least {least} on every device listed (roofline); {allowed}"
+        excess = (min(bounds) - limit) / limit
+        return Limit("latency_ms", "missed", limit, None, min(bounds), None, excess, text)
+    text = f"latency: not measured ({_why(variant, 'latency_ms')}); {allowed}"
+    return Limit("latency_ms", "cannot tell", limit, None, None, None, 0.0, text)
 
 
-def _size(variant: Variant, limit: int) -> tuple[Status, str]:
+def _size(variant: Variant, limit: int) -> Limit:
+    return _bytes("size_bytes", "size", variant.size_bytes, limit, f"not known ({_why(variant, 'size_bytes')})")
+
+
+def _memory(variant: Variant, limit: int) -> Limit:
+    unknown = f"not measured ({_why(variant, 'peak_memory_bytes')})"
+    return _bytes("peak_memory_bytes", "peak memory", variant.peak_memory_bytes, limit, unknown)
+
+
+def _bytes(
+    name: Literal["size_bytes", "peak_memory_bytes"], what: str, value: int | None, limit: int, unknown: str
+) -> Limit:
+    """An exact figure: the size of a file, or the largest growth of a process that was watched."""
     allowed = f"{figures.plain(figures.size(limit))} allowed"
-    if variant.size_bytes is None:
-        return "cannot tell", f"size: not known ({_why(variant, 'size_bytes')}); {allowed}"
-    text = f"size: {figures.size(variant.size_bytes)}"
-    if figures.size(limit) == figures.size(variant.size_bytes) and variant.size_bytes != limit:
-        text, allowed = f"size: {variant.size_bytes} bytes", f"{limit} bytes allowed"
-    return ("met" if variant.size_bytes <= limit else "missed"), f"{text}; {allowed}"
+    if value is None:
+        return Limit(name, "cannot tell", float(limit), None, None, None, 0.0, f"{what}: {unknown}; {allowed}")
+    text = f"{what}: {figures.size(value)}"
+    if figures.size(limit) == figures.size(value) and value != limit:
+        text, allowed = f"{what}: {value} bytes", f"{limit} bytes allowed"
+    status: Status = "met" if value <= limit else "missed"
+    excess = max(0.0, value / limit - 1)
+    return Limit(name, status, float(limit), float(value), None, None, excess, f"{text}; {allowed}")
 
 
 def _why(variant: Variant, *names: str) -> str:

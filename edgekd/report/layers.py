@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from edgekd.outcome import Layer, LayerPair
 from edgekd.report import figures, svg
 from edgekd.report.svg import Box, element
-from edgekd.types import Layer, LayerPair
 
 COLUMNS = ("Student", "Its output", "Teacher", "Its output", "Loss", "CKA", "Projector")
 _TOP, _ROW, _NODE = 26.0, 54.0, 42.0  # heights in pixels: of the titles, a row, and a layer in it

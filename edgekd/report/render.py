@@ -9,7 +9,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from edgekd.report import schema, story
+from edgekd.report.front import fronts
 from edgekd.report.judge import choose, judge
+from edgekd.report.nearest import nearest
 from edgekd.report.view import page
 from edgekd.store import write_text
 from edgekd.types import Budget, Report
@@ -52,7 +54,14 @@ def rejudged(report: Report, budget: Budget) -> Report:
     )
     chosen = choose(variants, budget, report.comparisons)
     kept = {target: chosen.get(target) for target in (report.chosen or chosen)}
-    return dataclasses.replace(report, variants=variants, budget=budget, chosen=kept)
+    return concluded(dataclasses.replace(report, variants=variants, budget=budget, chosen=kept))
+
+
+def concluded(report: Report) -> Report:
+    """The report with what follows from its variants and its choice: what is nearest, and the front of each target."""
+    teacher = story.teacher_of(report)
+    near = nearest(report.variants, teacher, report.budget, report.chosen, report.metric, report.comparisons)
+    return dataclasses.replace(report, nearest=near, pareto=fronts(report.variants, report.chosen))
 
 
 def summary(report: Report, folder: Path) -> str:

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edgekd.report import figures
-from edgekd.report.judge import judge, rejections
+from edgekd.outcome import Pruning
+from edgekd.report import figures, searched
+from edgekd.report.judge import deployable, judge, rejections
+from edgekd.report.nearest import counted
 from edgekd.types import Budget, Latency, LossTerm, Report, Training, Variant
+
+_MOST_REASONS = 8  # lines of why nothing is chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ def budget_line(budget: Budget, metric: str = "accuracy") -> str:
         parts.append(f"latency at most {figures.plain(figures.milliseconds(budget.max_latency_ms))}")
     if budget.max_size_bytes is not None:
         parts.append(f"size at most {figures.plain(figures.size(budget.max_size_bytes))}")
+    if budget.max_memory_bytes is not None:
+        parts.append(f"peak memory at most {figures.plain(figures.size(budget.max_memory_bytes))}")
     return "; ".join(parts) if parts else "no limit was set"
 
 
@@ -85,6 +91,29 @@ def taught(training: Training | None) -> str:
         part = {0.0: "none", 1.0: "all"}.get(training.recalled, figures.plain(figures.percent(training.recalled)))
         text += f"; {part} of what it was taught came from the cache of teachers' answers"
     return text + "."
+
+
+def pruned(pruning: Pruning | None) -> str:
+    """How the student was cut out of its teacher; nothing where it was not."""
+    if pruning is None:
+        return ""
+    macs = figures.plain(figures.percent(pruning.macs_after / pruning.macs_before))
+    parameters = figures.plain(figures.percent(pruning.parameters_after / pruning.parameters_before))
+    rounds = "1 round" if pruning.rounds == 1 else f"{pruning.rounds} rounds"
+    text = f"The student was cut out of its teacher in {rounds}, by {pruning.importance}: {macs} of the "
+    text += f"multiply-accumulates and {parameters} of the parameters are left"
+    if pruning.round_to > 1:
+        text += f", with channels in multiples of {pruning.round_to}"
+    left = "; ".join(f"{_named(each.layers)} ({each.reason})" for each in pruning.left_alone)
+    return f"{text}. Left alone: {left}." if left else f"{text}."
+
+
+def _named(layers: Sequence[str]) -> str:
+    shown = ", ".join(layers[:_SHOWN])
+    return shown if len(layers) <= _SHOWN else f"{shown} and {len(layers) - _SHOWN} more"
+
+
+_SHOWN = 3  # layers that are named before they are only counted
 
 
 def _several(models: Sequence[str]) -> str:
@@ -130,11 +159,12 @@ def comparable(one: Latency | None, two: Latency | None) -> bool:
     """Whether two latencies were measured on the same device, with the same threads and power mode."""
     if one is None or two is None:
         return False
-    return (one.device, one.threads, one.power_mode, one.origin) == (
+    return (one.device, one.threads, one.power_mode, one.origin, one.rounds) == (
         two.device,
         two.threads,
         two.power_mode,
         two.origin,
+        two.rounds,
     )
 
 
@@ -144,6 +174,7 @@ def summary(report: Report, folder: str) -> str:
     lines += [f"  {reason}" for h in headlines(report) for reason in h.because]
     if not lines:
         lines = ["No target was asked for, so there is nothing to deploy."]
+    lines += [searched.line(report)] if report.search else []
     return "\n".join([*lines, f"Report: {folder}/report.html"])
 
 
@@ -179,7 +210,12 @@ def _nothing(report: Report, target: str, teacher: Variant) -> Headline:
             told = f"its {report.metric} was not measured ({variant.missing.get('accuracy', 'no reason was recorded')})"
         if told:
             because.append(f"{figures.short_name(variant)}: {told}")
+    if len(because) > _MOST_REASONS:  # a search leaves dozens: the verdicts tell of each
+        because = [counted(deployable(report.variants, target), report.metric)]
     what = "No variant is known to keep the budget." if offered else "No variant was made for it."
+    near = report.nearest.get(target)
+    if near is not None:
+        what += f" Nearest: {near.says}" + (f"; {near.needs}." if near.needs else ".")
     return Headline(target, "none", None, f"Deploy nothing on {target} yet.", what, tuple(because))
 
 
@@ -220,9 +256,10 @@ def _ratio(ratio: float, more: str, less: str, same: str) -> str:
 
 def _unearned(chosen: Variant, report: Report) -> tuple[str, ...]:
     """int8 that is chosen for its size alone, since nothing was timed: it may be slower than float there."""
-    there = [v for v in report.variants if v.target == chosen.target and v.stage != "teacher"]
+    there = [v for v in report.variants if (v.target, v.candidate) == (chosen.target, chosen.candidate)]
+    there = [v for v in there if v.stage != "teacher"]
     rivals = [figures.short_name(v) for v in there if v.precision in ("fp16", "fp32")]
-    if chosen.precision != "int8" or chosen.latency_ms is not None or not rivals:
+    if chosen.precision not in ("int8", "dynamic") or chosen.latency_ms is not None or not rivals:
         return ()
     return (f"int8 has still to earn its place: time it on the device against {' and '.join(rivals)}",)
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from edgekd.report import figures, layers, story
+from edgekd.outcome import Matched
+from edgekd.report import figures, layers, searched, sensitivity, story
 from edgekd.report.pictures import Picture, pictures
+from edgekd.report.searched import FrontTable, SearchTold
 from edgekd.report.story import Headline
-from edgekd.types import Json, Matched, Report, Variant
+from edgekd.types import Json, Report, Variant
 
 _NO_REASON = "no reason was recorded"
 _STAGE = {"teacher": "teacher", "student": "student weights", "pruned": "pruned weights", "onnx": "ONNX",
@@ -62,6 +64,7 @@ class Why:
     id: str
     status: str
     reasons: tuple[str, ...]
+    statuses: tuple[str, ...]  # of each reason that is one of a limit, else empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Place:
     pictures: tuple[Picture, ...]
     bounds: tuple[tuple[str, str], ...]  # device and mode, least time
     bounds_of: str
+    front: FrontTable | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,10 @@ class Page:
     timings: tuple[tuple[str, str], ...]
     recipe_sha256: str
     rerun: str
+    search: SearchTold | None
+    search_columns: tuple[str, ...]
+    sensitivity: tuple[sensitivity.Told, ...]
+    sensitivity_columns: tuple[str, ...]
 
 
 @dataclass
@@ -155,7 +163,7 @@ def page(report: Report) -> Page:
             (f"{found.candidate} against {found.baseline}", figures.comparison(found), found.verdict)
             for found in report.comparisons
         ),
-        taught=story.taught(report.training),
+        taught=f"{story.pruned(report.pruning)} {story.taught(report.training)}".strip(),
         layers=tuple(map(_layers, report.correspondence)),
         layer_columns=layers.COLUMNS,
         gaps=gaps.listed(),
@@ -163,8 +171,16 @@ def page(report: Report) -> Page:
         environment=tuple(_flat(report.environment)),
         timings=tuple((name, figures.duration(seconds)) for name, seconds in report.timings_s.items()),
         recipe_sha256=report.recipe_sha256,
-        rerun=f"edgekd compress recipe.toml {targets}".strip(),
+        rerun=f"edgekd {report.command} {targets}{_again(report)}".strip(),
+        search=searched.told(report),
+        search_columns=searched.COLUMNS,
+        sensitivity=tuple(sensitivity.told(found, report.metric) for found in report.sensitivity if found.layers),
+        sensitivity_columns=sensitivity.COLUMNS,
     )
+
+
+def _again(report: Report) -> str:
+    return f" --search {report.search.asked}" if report.search else ""
 
 
 def _place(report: Report, headline: Headline, gaps: _Gaps) -> Place:
@@ -179,6 +195,7 @@ def _place(report: Report, headline: Headline, gaps: _Gaps) -> Place:
             for e in (bounded.estimates if bounded else ())
         ),
         bounds_of=bounded.id if bounded else "",
+        front=searched.front_table(report, headline.target),
     )
 
 
@@ -260,7 +277,9 @@ def _why(report: Report) -> tuple[Why, ...]:
         if variant.id in refused:
             reasons.append(f"not chosen: {refused[variant.id]}")
         if variant.verdict or reasons:
-            found.append(Why(variant.id, variant.verdict.status if variant.verdict else "", tuple(reasons)))
+            of_limits = [limit.status for limit in variant.verdict.limits] if variant.verdict else []
+            statuses = (*of_limits, *[""] * (len(reasons) - len(of_limits)))
+            found.append(Why(variant.id, variant.verdict.status if variant.verdict else "", tuple(reasons), statuses))
     return tuple(found)
 
 
@@ -316,7 +335,8 @@ def _parity(v: Variant, gaps: _Gaps) -> Cell:
 def _p50(v: Variant, gaps: _Gaps) -> Cell:
     if v.latency_ms is None:
         return gaps.mark(v, "latency_ms", "latency")
-    return Cell(figures.milliseconds(v.latency_ms.p50), figures.latency_interval(v.latency_ms))
+    elsewhere = ", own rounds" if v.latency_ms.rounds is not None else ""
+    return Cell(figures.milliseconds(v.latency_ms.p50), figures.latency_interval(v.latency_ms) + elsewhere)
 
 
 def _tail(v: Variant, gaps: _Gaps) -> Cell:

@@ -1,0 +1,181 @@
+"""Structured pruning: whole channels and heads are cut out, so that what is left is a smaller dense network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.correspondence.pruned import Kept, fingerprint, remember, remembered
+from edgekd.errors import ModelError
+from edgekd.goals import Measure, Prune
+from edgekd.models import weights
+from edgekd.outcome import LeftAlone
+from edgekd.pruning import cost, rank, shapes
+from edgekd.pruning.cut import Group, cut
+from edgekd.pruning.shapes import Shapes, restore, traceable
+from edgekd.pruning.statistics import recalibrate
+from edgekd.pruning.trace import Inputs, trace
+
+VERSION = 1  # of what pruning does with its options; raised where the same options would cut otherwise
+
+__all__ = ["VERSION", "Cut", "measured", "prune", "recalibrate", "restore", "traceable", "write"]
+
+NARROW = "too narrow: rounded to multiples of {0} channels nothing can be cut"
+KEPT = "everything in it ranks above what had to go"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A network after one round of pruning, in eval mode.
+
+    Args:
+        module: the smaller network; it knows what it was cut out of.
+        shapes: its structure, against the architecture that the first round began with.
+        before, after: of the goal's measure.
+        layers: channels or heads before and after, by the layer that makes them.
+        left_alone: layers that were not touched, and why.
+    """
+
+    module: nn.Module
+    shapes: Shapes
+    before: float
+    after: float
+    layers: Mapping[str, tuple[int, int]]
+    left_alone: tuple[LeftAlone, ...]
+
+
+def measured(measure: Measure, module: nn.Module, inputs: Inputs, timer: Callable[[nn.Module], float] | None) -> float:
+    """What a network costs in a measure; `timer` gives the milliseconds of "latency_ms"."""
+    if measure == "macs":
+        return cost.macs(module, inputs)
+    if measure == "parameters":
+        return cost.parameters(module)
+    if measure == "size_bytes":
+        return cost.size_bytes(module)
+    assert timer is not None
+    return timer(module)
+
+
+def prune(
+    module: nn.Module,
+    inputs: Inputs,
+    measure: Measure,
+    goal: float,
+    options: Prune,
+    *,
+    seed: int = 0,
+    round_to: int = 1,
+    architecture: nn.Module | None = None,
+    gradients: Callable[[nn.Module], None] | None = None,
+    timer: Callable[[nn.Module], float] | None = None,
+    batches: Callable[[], Iterable[tuple[Tensor, ...]]] | None = None,
+) -> Cut:
+    """Cut the least important channels and heads out of a copy of a network, until it costs at most `goal`.
+
+    The output layer, and layers whose channels cannot be followed, stay as they are.
+
+    Args:
+        module: on the processor; padding shortcuts of our ResNets become convolutions first.
+        inputs: some samples as the module takes them, batch first.
+        options: the ranking, and what to leave alone.
+        architecture: as it was before the first round; None: this is the first.
+        gradients: fills the gradients of a module's parameters, for "taylor".
+        timer: milliseconds that a module takes, for a goal of latency.
+        batches: training samples to estimate the statistics of batch normalisation from; None: they stay.
+
+    Raises:
+        ModelError: the network cannot be traced, nothing can be cut, or the goal is out of reach.
+    """
+    try:
+        begun = traceable(module).eval()
+    except RuntimeError as problem:  # of tensors that a forward under autograd has left in it
+        raise ModelError(f"it cannot be copied: {problem}", where=type(module).__name__) from problem
+    probe = copy.deepcopy(begun).requires_grad_(True)
+    before = measured(measure, begun, inputs, timer)
+    if before <= goal:
+        raise ModelError(f"it costs {before:.6g} {measure} already, and {goal:.6g} is the goal", where="prune")
+    traced = trace(probe, inputs, options.ignore)
+    if options.importance == "taylor":
+        if gradients is None:
+            raise ModelError("'taylor' ranks by gradients, and there are none", where="prune.importance")
+        gradients(probe)
+        rank.gradients_of_zero(probe.eval())
+    ranked, unranked = rank.scores(traced, options.importance, seed)
+    narrow = [group for group in ranked if rank.narrow(group, round_to)]
+    left = [*traced.left_alone, *unranked]
+    if narrow:
+        left.append(LeftAlone(tuple(group.name for group in narrow), NARROW.format(round_to)))
+    wide = {group: own for group, own in ranked.items() if group not in narrow}
+    if not wide:
+        reasons = "; ".join(f"{', '.join(each.layers)}: {each.reason}" for each in left)
+        raise ModelError("nothing in the network can be cut", where=type(module).__name__, fix=reasons)
+
+    def exact(keep: rank.Keep) -> float:
+        return measured(measure, _after(begun, keep), inputs, timer)
+
+    def searched(cost_of: Callable[[rank.Keep], float]) -> rank.Keep:
+        refine = measure != "latency_ms"
+        return rank.search(wide, cost_of, goal, together=options.global_ranking, round_to=round_to, refine=refine)
+
+    keep = searched(cost.predicted_macs(begun, inputs) if measure == "macs" else exact)
+    if measure == "macs" and exact(keep) > goal:
+        keep = searched(exact)  # something in it costs other than its weights say
+    made = _after(begun, keep)
+    whole = tuple(group.name for group, units in keep.items() if len(units) == group.units)
+    if whole:
+        left.append(LeftAlone(whole, KEPT))
+    kept, origin = _record(module, begun, keep)
+    remember(made, kept, origin)
+    if batches is not None:
+        recalibrate(made, batches())
+    base = traceable(architecture) if architecture is not None else begun
+    after = measured(measure, made, inputs, timer)
+    layers = {group.name: (_size(group, group.units), _size(group, len(units))) for group, units in keep.items()}
+    layers = {name: sizes for name, sizes in layers.items() if sizes[0] != sizes[1]}
+    return Cut(made, shapes.difference(base, made, kept, origin), before, after, layers, tuple(left))
+
+
+def _size(group: Group, units: int) -> int:
+    """Heads, or channels of the layer that makes them."""
+    return units if group.counts else units * group.width
+
+
+def _after(module: nn.Module, keep: rank.Keep) -> nn.Module:
+    made = copy.deepcopy(module)
+    cut(made, keep)
+    return made
+
+
+def _record(module: nn.Module, begun: nn.Module, keep: rank.Keep) -> tuple[Kept, str]:
+    """What is left of each parameter of the first network: told by a cut of its positions in place of its weights."""
+    ghost = copy.deepcopy(begun)
+    sizes = {name: value.shape for name, value in ghost.named_parameters()}
+    for _, value in ghost.named_parameters():
+        value.requires_grad_(False)
+        value.data = torch.arange(value.numel(), dtype=torch.float64).reshape(value.shape)
+    cut(ghost, keep)
+    earlier, origin = remembered(module) or ({}, fingerprint(module))
+    kept: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name, value in ghost.named_parameters():
+        own: dict[int, tuple[int, ...]] = {}
+        for dim, size in enumerate(sizes[name]):
+            known = earlier.get(name, {}).get(dim, tuple(range(size)))
+            along = value.movedim(dim, 0).reshape(value.shape[dim], -1)[:, 0].long()
+            stride = int(sizes[name][dim + 1 :].numel())
+            left = tuple(known[at] for at in ((along // stride) % size).tolist())
+            if left != tuple(range(len(left))) or len(left) != size or dim in earlier.get(name, {}):
+                own[dim] = left
+        if own:
+            kept[name] = own
+    return kept, origin
+
+
+def write(made: Cut, folder: Path) -> None:
+    """Weights and shapes as two files that `restore` reads."""
+    weights.save(folder / "weights.safetensors", made.module, {})
+    made.shapes.write(folder / "shapes.json")

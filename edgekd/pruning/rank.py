@@ -1,0 +1,176 @@
+"""Which channels go first, and how many of each group: ranking by importance, and a search for the goal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.errors import ModelError
+from edgekd.goals import Importance
+from edgekd.outcome import LeftAlone
+from edgekd.pruning.cut import Group
+from edgekd.pruning.trace import Traced
+
+_MOST = 0.9  # of a group's channels that one round takes: a layer of hardly any channels lets nothing through
+_LEVELS = 1000  # steps of the search, from nothing cut to all that may be
+Keep = Mapping[Group, tuple[int, ...]]
+
+
+def scores(traced: Traced, importance: Importance, seed: int) -> tuple[dict[Group, Tensor], tuple[LeftAlone, ...]]:
+    """The importance of each unit of each group, its mean over a group being 1, and the groups that have none.
+
+    Of all layers that have part in a channel the mean counts, summed over what a unit is: squares of weights, their
+    absolute values, or |weight · gradient| (Molchanov, Mallya, Tyree, Frosio, Kautz, CVPR 2019), or the scale behind
+    it (Liu, Li, Shen, Huang, Yan, Zhang, ICCV 2017).
+
+    Args:
+        traced: of a module whose parameters have gradients, where `importance` is "taylor".
+        seed: of "random".
+    """
+    scorer = _scorer(importance)
+    found: dict[Group, Tensor] = {}
+    without: list[str] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for group in traced.groups:
+            raw = scorer(traced.views[group])
+            if raw is None:
+                without.append(group.name)
+                continue
+            raw = raw.detach().double().cpu()
+            # views of heads go unit by unit already, with room for more behind; others go channel by channel
+            units = raw[: group.units] if group.counts else raw.reshape(group.width, group.units).sum(0)
+            found[group] = units / units.mean().clamp(min=1e-30)
+    if not without:
+        return found, ()
+    return found, (LeftAlone(tuple(without), f"'{importance}' says nothing of its channels"),)
+
+
+def _scorer(importance: Importance) -> Callable[[Any], Tensor | None]:
+    from torch_pruning.pruner import importance as criteria
+
+    made: Mapping[Importance, Callable[[], Any]] = {
+        "magnitude": lambda: criteria.GroupMagnitudeImportance(p=2, normalizer=None),
+        "l1": lambda: criteria.GroupMagnitudeImportance(p=1, normalizer=None),
+        "bn_scale": lambda: criteria.BNScaleImportance(normalizer=None),
+        "taylor": lambda: criteria.GroupTaylorImportance(normalizer=None),
+        "random": lambda: criteria.RandomImportance(),
+    }
+    scorer: Callable[[Any], Tensor | None] = made[importance]()
+    return scorer
+
+
+def gradients_of_zero(module: nn.Module) -> None:
+    """Parameters that the loss did not reach have no gradient, which torch-pruning does not expect."""
+    for parameter in module.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def search(
+    ranked: Mapping[Group, Tensor],
+    cost: Callable[[Keep], float],
+    goal: float,
+    *,
+    together: bool,
+    round_to: int,
+    refine: bool = True,
+) -> Keep:
+    """The units to keep so that the cost is at most the goal, and as near to it as rounding allows.
+
+    Args:
+        ranked: importance of the units of each group.
+        cost: of the network cut like that; falls where more is cut.
+        together: all units are ranked against each other; False: each group loses the same part.
+        round_to: channels of each group are kept in multiples of it.
+        refine: give back single units as long as the goal is kept, which asks for the cost many more times.
+
+    Raises:
+        ModelError: cutting all that may be cut does not reach the goal.
+    """
+    groups = list(ranked)
+    pooled = torch.cat([ranked[group] for group in groups]).sort().values
+
+    def counts(level: int) -> list[int]:
+        part = level / _LEVELS * _MOST
+        gone = int(part * len(pooled))
+        bar = float(pooled[gone - 1]) if gone else -math.inf
+        lost = [int((ranked[group] <= bar).sum()) if together else int(part * group.units) for group in groups]
+        return [_rounded(group, group.units - less, round_to) for group, less in zip(groups, lost, strict=True)]
+
+    def costs(kept: Sequence[int]) -> float:
+        return cost(_keep(ranked, groups, kept))
+
+    least = costs(counts(_LEVELS))
+    if least > goal:
+        raise ModelError(
+            f"cutting nine tenths of every layer that can be cut leaves {least:.6g}, and {goal:.6g} is the goal",
+            where="prune",
+            fix="ask for less, or see what was left alone",
+        )
+    level = _first(0, _LEVELS, lambda at: costs(counts(at)) <= goal)
+    # Between the last two levels several groups change at once: as few of them as are needed.
+    before, after = counts(level - 1), counts(level)
+    changing = [at for at in range(len(groups)) if before[at] != after[at]]
+
+    def mixed(number: int) -> list[int]:
+        return [after[at] if at in changing[:number] else before[at] for at in range(len(groups))]
+
+    kept = mixed(_first(0, len(changing), lambda number: costs(mixed(number)) <= goal))
+    if refine:
+        _give_back(ranked, groups, kept, lambda: costs(kept) <= goal, round_to)
+    return _keep(ranked, groups, kept)
+
+
+def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """The first number above `low` that holds, where `high` does and every one behind the first."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _give_back(
+    ranked: Mapping[Group, Tensor], groups: Sequence[Group], kept: list[int], holds: Callable[[], bool], round_to: int
+) -> None:
+    """Keep more units of single groups, the most important ones first, as long as the goal is kept."""
+    best = {at: ranked[group].sort(descending=True).values for at, group in enumerate(groups)}
+    open_to_more = [at for at, group in enumerate(groups) if kept[at] < group.units]
+    while open_to_more:
+        at = max(open_to_more, key=lambda at: float(best[at][kept[at]]))
+        had = kept[at]
+        kept[at] = min(groups[at].units, had + _multiple(groups[at], round_to))
+        if not holds():
+            kept[at] = had
+            open_to_more.remove(at)
+        elif kept[at] == groups[at].units:
+            open_to_more.remove(at)
+
+
+def narrow(group: Group, round_to: int) -> bool:
+    """Whether rounding leaves nothing of a group to cut."""
+    return group.units <= _multiple(group, round_to)
+
+
+def _multiple(group: Group, round_to: int) -> int:
+    """Units of which the channels are a multiple of round_to."""
+    return 1 if group.counts else round_to // math.gcd(round_to, group.width)
+
+
+def _rounded(group: Group, units: int, round_to: int) -> int:
+    multiple = _multiple(group, round_to)
+    least = max(multiple, math.ceil(group.units * (1 - _MOST) / multiple) * multiple)
+    return min(group.units, max(least, math.floor(units / multiple + 0.5) * multiple))
+
+
+def _keep(ranked: Mapping[Group, Tensor], groups: Sequence[Group], kept: Sequence[int]) -> Keep:
+    """The most important units, of equally important ones the first."""
+    found: dict[Group, tuple[int, ...]] = {}
+    for group, count in zip(groups, kept, strict=True):
+        order = torch.argsort(ranked[group], descending=True, stable=True)
+        found[group] = tuple(sorted(order[:count].tolist()))
+    return found

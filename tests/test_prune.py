@@ -1,0 +1,591 @@
+"""Pruning: what is cut, what is left alone, how near the goal, and that the cut network is what it claims to be."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import timm.layers.attention
+import torch
+from networks import IMAGE, NORMAL, SIZE, Small, samples
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+import edgekd
+from edgekd import export, plugins, pruning, quantize
+from edgekd.correspondence.pruned import fingerprint, remembered
+from edgekd.errors import ModelError, RecipeError
+from edgekd.goals import Importance, Prune
+from edgekd.models import weights
+from edgekd.models.network import Network
+from edgekd.models.resnet import resnet8
+from edgekd.models.transformer import transformer
+from edgekd.pruning import cost, shapes
+from edgekd.pruning.cut import Group, Slot, cut, masked
+from edgekd.pruning.heads import attentions
+from edgekd.pruning.rank import search
+from edgekd.pruning.trace import FAILS, OUTPUT, SHARED, UNLIKE, trace
+from edgekd.rounds import count
+from edgekd.target import load
+from edgekd.types import Backend, Part, TensorSpec
+
+PIXELS = (TensorSpec("image", "uint8", ("batch", 16, 16, 3)),)
+
+
+def images(size: int = 16) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def settled(module: nn.Module, size: int = 16) -> nn.Module:
+    """With statistics and scales of batch normalisation as a trained network has them."""
+    with torch.no_grad():
+        module.train()
+        for _ in range(3):
+            module(torch.randn(8, 3, size, size))
+        for layer in module.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.copy_(torch.rand_like(layer.weight) + 0.5)
+                layer.bias.copy_(torch.randn_like(layer.bias) * 0.1)
+    return module.eval()
+
+
+def built(make: Callable[[], nn.Module], size: int = 16) -> Any:
+    torch.manual_seed(0)
+    return settled(make(), size)
+
+
+def cut_to(module: nn.Module, inputs: Tensor, macs: float, **options: Any) -> Any:
+    asked = Prune(macs=macs, **options)
+    goal = macs * cost.macs(module, (inputs,))
+    return pruning.prune(module, (inputs,), "macs", goal, asked, round_to=asked.round_to or 1)
+
+
+def reasons(made: pruning.Cut) -> dict[str, str]:
+    return {layer: each.reason for each in made.left_alone for layer in each.layers}
+
+
+class Branches(nn.Module):
+    """What a user's module may do: residual, concatenation, groups, a shuffle that no tracer understands, a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.left = nn.Sequential(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.right = nn.Sequential(nn.Conv2d(16, 24, 3, 1, 1, groups=2), nn.GroupNorm(4, 24), nn.PReLU(24))
+        self.joined = nn.Conv2d(32, 16, 1)
+        self.wide, self.narrow = nn.Conv2d(16, 32, 1), nn.Conv2d(32, 16, 1)
+        self.down = nn.Conv2d(16, 12, 3, 2, 1)
+        self.hidden, self.head = nn.Linear(12 * 16, 20), nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.joined(torch.cat([self.left(x), self.right(x)], 1))
+        y = self.wide(x).relu()
+        y = y.reshape(y.shape[0], 2, -1, *y.shape[2:]).transpose(1, 2).flatten(1, 2)  # the shuffle
+        x = x + self.narrow(y)
+        logits: Tensor = self.head(self.hidden(self.down(x).relu().flatten(1)).relu())
+        return logits
+
+
+# ---------------------------------------------------------------- the goal
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_the_goal_is_kept_and_nearly_reached_and_channels_are_rounded(together: bool, round_to: int) -> None:
+    module = built(lambda: resnet8(10, PIXELS, width=16))
+    made = cut_to(module, images(), 0.5, global_ranking=together, round_to=round_to)
+    whole = cost.macs(module, (images(),))
+    assert 0.5 * whole >= made.after > (0.46 if round_to == 1 else 0.42) * whole
+    assert made.after == cost.macs(made.module, (images(),))
+    assert made.layers
+    for layer in made.module.modules():
+        if isinstance(layer, nn.Conv2d):
+            assert layer.out_channels % round_to == 0
+            assert layer.weight.shape[0] == layer.out_channels
+    assert made.module(images()).shape == (2, 10)
+    assert not made.module.training
+
+
+@pytest.mark.parametrize("measure", ["parameters", "size_bytes"])
+def test_parameters_and_the_weights_file_are_goals_too(measure: Any, tmp_path: Path) -> None:
+    module = built(lambda: resnet8(10, PIXELS, width=8))
+    whole = pruning.measured(measure, module, (images(),), None)
+    made: Any = pruning.prune(module, (images(),), measure, 0.4 * whole, Prune(macs=0.5))
+    assert 0.33 * whole < made.after <= 0.4 * whole
+    weights.save(tmp_path / "w.safetensors", made.module, {})
+    if measure == "size_bytes":
+        assert (tmp_path / "w.safetensors").stat().st_size <= 0.4 * whole
+    else:
+        assert sum(p.numel() for p in made.module.parameters()) == made.after
+
+
+def test_latency_is_a_goal_where_somebody_measures_it() -> None:
+    module = built(lambda: resnet8(10, PIXELS, width=8))
+    asked: list[int] = []
+
+    def timer(candidate: nn.Module) -> float:
+        asked.append(cost.macs(candidate, (images(),)))
+        return asked[-1] / 1e6
+
+    made: Any = pruning.prune(module, (images(),), "latency_ms", 0.5 * timer(module), Prune(latency_ms=1), timer=timer)
+    assert 0.4 < made.after / made.before <= 0.5
+    assert len(asked) < 30  # each of them is an export and a measurement
+
+
+def test_a_goal_out_of_reach_or_reached_already_is_refused() -> None:
+    module = built(lambda: resnet8(10, PIXELS, width=8))
+    with pytest.raises(ModelError, match="nine tenths of every layer that can be cut leaves"):
+        cut_to(module, images(), 0.001)
+    with pytest.raises(ModelError, match=r"it costs .* macs already"):
+        pruning.prune(module, (images(),), "macs", 1e12, Prune(macs=0.5))
+
+
+def test_nothing_to_cut_is_one_clear_error() -> None:
+    module: Any = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 5))
+    with pytest.raises(ModelError, match=r"nothing in the network can be cut.*1: it gives the output"):
+        cut_to(module, images(), 0.5)
+
+
+def test_the_search_ranks_all_units_together_or_each_group_by_itself() -> None:
+    one, two = (Group(name, 4, 1, ()) for name in ("one", "two"))
+    ranked = {one: torch.tensor([0.1, 0.2, 0.3, 0.4]), two: torch.tensor([4.0, 3.0, 2.0, 1.0])}
+
+    def total(keep: Any) -> float:
+        return sum(len(units) for units in keep.values())
+
+    found = search(ranked, total, 5, together=True, round_to=1)
+    assert found == {one: (3,), two: (0, 1, 2, 3)}
+    found = search(ranked, total, 4, together=False, round_to=1)
+    assert found == {one: (2, 3), two: (0, 1)}
+    found = search(ranked, total, 6, together=False, round_to=2)
+    assert sorted(map(len, found.values())) == [2, 4]
+
+
+def test_rounds_take_at_most_a_step_each() -> None:
+    assert [count(part, 1 / 3) for part in (0.9, 2 / 3, 0.5, 0.25)] == [1, 1, 2, 4]
+    assert count(0.01, 1.0) == 1
+
+
+def test_work_is_predicted_as_it_is_counted() -> None:
+    """The search believes a prediction, so that it need not run every candidate."""
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=32, depth=1, embed_dim=48, num_heads=4)
+    for module, size in ((built(Branches), 16), (vit.eval(), 32)):
+        inputs = (images(size),)
+        predicted = cost.predicted_macs(module, inputs)
+        for group in trace(copy.deepcopy(module), inputs).groups:
+            plan = {group: tuple(range(0, group.units, 2))}
+            small = copy.deepcopy(module)
+            cut(small, plan)
+            assert predicted(plan) == pytest.approx(cost.macs(small, inputs))
+            assert predicted(plan) < cost.macs(module, inputs)
+
+
+# ---------------------------------------------------------------- the cut network
+
+
+def test_cutting_channels_that_are_zero_changes_nothing() -> None:
+    """Where the least important channels are exactly zero, the cut network computes what the whole one did."""
+    module = built(Branches)
+    groups = {group.name: group for group in trace(copy.deepcopy(module), (images(),)).groups}
+    plan = {groups["stem.0"]: range(1, 16), groups["left.0"]: (0, 2, 5, 7), groups["hidden"]: range(0, 20, 2)}
+    zeroed = masked(module, plan)
+    small = copy.deepcopy(module)
+    cut(small, plan)
+    assert torch.allclose(small(images()), zeroed(images()), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(zeroed(images()), module(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_the_least_important_channels_go() -> None:
+    module = built(lambda: resnet8(10, PIXELS, width=8, shortcut="conv"))
+    dead = [1, 4, 6]
+    with torch.no_grad():
+        for layer in (module.layer1[0].conv1, module.layer1[0].bn1):
+            for parameter in layer.parameters():
+                parameter[dead] = 0
+        module.layer1[0].conv2.weight[:, dead] = 0
+    (group,) = (each for each in trace(copy.deepcopy(module), (images(),)).groups if each.name == "layer1.0.conv1")
+    without = copy.deepcopy(module)
+    cut(without, {group: (0, 2, 3, 5, 7)})
+    made = cut_to(module, images(), (cost.macs(without, (images(),)) + 1) / cost.macs(module, (images(),)))
+    record = remembered(made.module)
+    assert record is not None
+    assert not set(dead) & set(record[0]["layer1.0.conv1.weight"][0])
+    assert made.layers["layer1.0.conv1"] == (8, 5)
+    assert torch.allclose(made.module(images()), module(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_are_ignored_keep_every_weight() -> None:
+    module = built(lambda: resnet8(10, PIXELS, width=8))
+    made = cut_to(module, images(), 0.6, ignore=("layer3",))
+    before, after = module.layer3.state_dict(), made.module.layer3.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert reasons(made)["layer3.0.conv1"] == "asked to be left alone"
+    with pytest.raises(RecipeError, match=r"no module 'layer9'.*did you mean 'layer"):
+        cut_to(module, images(), 0.6, ignore=("layer9",))
+
+
+def test_a_users_module_is_cut_where_it_is_understood_and_left_alone_where_not() -> None:
+    module = built(Branches)
+    made = cut_to(module, images(), 0.5)
+    assert made.module(images()).shape == (2, 5)
+    why = reasons(made)
+    assert why["head"] == OUTPUT
+    assert why["wide"] == UNLIKE  # the shuffle would mix channels up: shapes alone would not tell
+    assert made.module.right[0].groups == 2
+    assert made.module.right[0].out_channels == made.module.right[1].num_channels == made.module.right[2].num_parameters
+    assert made.module.right[0].out_channels % 4 == 0  # as many in each of its groups
+    assert made.module.joined.in_channels == made.module.left[0].out_channels + made.module.right[0].out_channels
+    assert made.module.hidden.in_features == 16 * made.module.down.out_channels
+    assert made.module.wide.out_channels == 32
+
+
+def test_a_padding_of_channels_and_shared_weights_are_left_alone() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+            self.shrink, self.inside, self.again = (nn.Conv2d(c, 12, 1) for c in (16, 12, 12))
+            self.again.weight = self.inside.weight
+            self.free, self.head = nn.Linear(12, 32), nn.Linear(32, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = self.second(x.relu()) + pad(x, (0, 0, 0, 0, 4, 4))
+            x = self.again(self.inside(self.shrink(x)).relu()).relu()
+            logits: Tensor = self.head(self.free(x.mean((2, 3))).relu())
+            return logits
+
+    module = built(Padded)
+    made: Any = pruning.prune(module, (images(),), "parameters", 0.9 * cost.parameters(module), Prune(parameters=0.9))
+    why = reasons(made)
+    assert why["first"].startswith(FAILS)
+    assert why["inside"] == SHARED
+    assert set(made.layers) == {"free"}
+
+
+def test_a_part_of_channels_that_could_be_cut_to_nothing_is_left_alone() -> None:
+    """A layer that reads the first channels alone would have none left where just these are cut."""
+
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.part = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 6, 1)
+            self.cached: Tensor | None = None
+            self.head = nn.Linear(14, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).relu()
+            y = self.part(x[:, :4])
+            self.cached = y.mean()  # under autograd no leaf, which cannot be copied
+            logits: Tensor = self.head(torch.cat([x, y.relu()], 1).mean((2, 3)))
+            return logits
+
+    module = built(Sliced)
+    made = pruning.prune(module, (images(),), "parameters", 0.97 * cost.parameters(module), Prune(parameters=0.9))
+    assert reasons(made)["conv"].startswith(FAILS)
+    assert set(made.layers) == {"part"}
+
+
+def test_recurrent_layers_are_left_alone() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.widen, self.lstm = nn.Linear(6, 16), nn.LSTM(16, 12, batch_first=True)
+            self.hidden, self.head = nn.Linear(12, 24), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.hidden(self.lstm(self.widen(x).relu())[0][:, -1]).relu())
+            return logits
+
+    torch.manual_seed(0)
+    module, x = Recurrent().eval(), torch.randn(2, 7, 6)
+    made: Any = pruning.prune(module, (x,), "parameters", 0.9 * cost.parameters(module), Prune(parameters=0.9))
+    assert set(made.layers) == {"hidden"}
+    assert "LSTM" in reasons(made)["widen"]
+    assert made.module(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "l1", "bn_scale", "taylor", "random"])
+def test_every_importance_ranks(importance: Importance) -> None:
+    module = built(Branches)
+
+    def gradients(probe: nn.Module) -> None:
+        probe(images()).square().sum().backward()
+
+    goal = 0.6 * cost.macs(module, (images(),))
+    made: Any = pruning.prune(
+        module, (images(),), "macs", goal, Prune(macs=0.6, importance=importance), gradients=gradients, seed=3
+    )
+    assert made.after <= goal
+    assert all(parameter.grad is None for parameter in module.parameters())
+    if importance == "bn_scale":
+        assert reasons(made)["hidden"] == "'bn_scale' says nothing of its channels"
+
+
+def test_taylor_keeps_what_the_loss_depends_on() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.conv(x).relu().mean((2, 3)))
+            return logits
+
+    module = built(Two)
+    with torch.no_grad():
+        module.conv.bias.fill_(1.0)
+        module.head.weight[:, ::2] = 0.0  # large, and of no use to the loss
+        module.conv.weight[::2] *= 100
+
+    def gradients(probe: nn.Module) -> None:
+        probe(images()).square().sum().backward()
+
+    options = Prune(macs=0.5, importance="taylor")
+    made: Any = pruning.prune(
+        module, (images(),), "macs", 0.51 * cost.macs(module, (images(),)), options, gradients=gradients
+    )
+    record = remembered(made.module)
+    assert record is not None
+    assert record[0]["conv.weight"][0] == (1, 3, 5, 7)
+    assert cut_to(module, images(), 0.51).module.conv.out_channels == 4
+
+
+# ---------------------------------------------------------------- timm, transformers
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {}),
+        ("mobilenetv3_small_050", {}),  # squeeze and excitation, depthwise
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}),
+    ],
+)
+def test_models_of_timm_are_cut_everywhere_but_at_the_output(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    module: Any = timm.create_model(name, num_classes=7, **options).eval()
+    made = cut_to(module, images(32), 0.6, round_to=8)
+    assert made.module(images(32)).shape == (2, 7)
+    assert made.after <= 0.6 * cost.macs(module, (images(32),))
+    told = reasons(made)
+    assert [layer for layer, why in told.items() if why == OUTPUT] == [module.default_cfg["classifier"]]
+    assert {why for why in told.values() if why != OUTPUT} <= {
+        "too narrow: rounded to multiples of 8 channels nothing can be cut",
+        "everything in it ranks above what had to go",
+    }
+    assert len(made.layers) > 3
+
+
+def test_heads_of_attention_are_cut_whole() -> None:
+    torch.manual_seed(0)
+    module: Any = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=7, img_size=32, depth=1, embed_dim=48, num_heads=4
+    ).eval()
+    attention = module.blocks[0].attn
+    (found,) = attentions(module)
+    assert (found.group.units, found.group.width) == (4, 12)
+    with torch.no_grad():  # a head that does nothing is the least important one
+        attention.qkv.weight.view(3, 4, 12, 48)[:, 2] *= 1e-6
+        attention.proj.weight.view(48, 4, 12)[:, 2] *= 1e-6
+        attention.qkv.bias.view(3, 4, 12)[:, 2] = 0
+    made = cut_to(module, images(32), 0.9)
+    small = made.module.blocks[0].attn
+    assert (small.num_heads, small.head_dim, small.attn_dim) == (3, 12, 36)
+    assert made.layers["blocks.0.attn"] == (4, 3)
+    record = remembered(made.module)
+    assert record is not None
+    assert set(range(24, 36)).isdisjoint(record[0]["blocks.0.attn.proj.weight"][1])
+
+
+def test_heads_that_a_block_tells_too_are_those_of_its_attention() -> None:
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = timm.layers.attention.Attention(24, num_heads=4)
+            self.num_heads = 4
+
+        def forward(self, x: Tensor) -> Tensor:
+            given: Tensor = self.attn(x)
+            return given
+
+    (found,) = attentions(nn.Sequential(Told()))
+    assert found.path == "0.attn"
+    assert found.made_by == ("0.attn.qkv",)
+
+
+def test_our_transformer_loses_heads_hidden_channels_and_width() -> None:
+    torch.manual_seed(0)
+    specs = (TensorSpec("ids", "int64", ("batch", 6), values=20), TensorSpec("mask", "int64", ("batch", 6)))
+    module: Any = transformer(3, specs, width=24, depth=2, heads=4, hidden=32).eval()
+    inputs = (torch.randint(0, 20, (2, 6)), torch.tensor([[1] * 6, [1] * 4 + [0] * 2]))
+    made: Any = pruning.prune(module, inputs, "macs", 0.4 * cost.macs(module, inputs), Prune(macs=0.4))
+    assert made.module(*inputs).shape == (2, 3)
+    assert {"blocks.0", "blocks.0.mlp.0"} < set(made.layers)
+    assert made.module.embedding.embedding_dim == made.module.norm.normalized_shape[0] < 24
+    assert made.module.position.shape[1] == made.module.embedding.embedding_dim
+
+
+# ---------------------------------------------------------------- rebuilt, without pickle
+
+
+@pytest.mark.parametrize("make", [lambda: resnet8(10, PIXELS, width=8), Branches], ids=["ours", "a user's"])
+def test_shapes_and_weights_rebuild_the_network_bit_for_bit(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    module = built(make)
+    first = cut_to(module, images(), 0.7)
+    with torch.no_grad():
+        for parameter in first.module.parameters():
+            parameter.add_(0.01)
+    goal = 0.7 * first.after
+    again: Any = pruning.prune(first.module, (images(),), "macs", goal, Prune(macs=0.5), architecture=module)
+    pruning.write(again, tmp_path)
+    rebuilt: Any = pruning.restore(make(), tmp_path / "shapes.json", tmp_path / "weights.safetensors").eval()
+    mine, theirs = rebuilt.state_dict(), again.module.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert torch.equal(rebuilt(images()), again.module(images()))
+    assert repr(rebuilt) == repr(again.module)
+    assert remembered(rebuilt) == remembered(again.module)
+    # the record is of the network that the first round began with
+    record = remembered(rebuilt)
+    assert record is not None
+    assert record[1] == fingerprint(module)
+    for name, dims in record[0].items():
+        for dim, kept in dims.items():
+            assert len(kept) == mine[name].shape[dim]
+            assert list(kept) == sorted(set(kept))
+
+
+def test_shapes_of_another_network_are_refused(tmp_path: Path) -> None:
+    made = cut_to(built(lambda: resnet8(10, PIXELS, width=8)), images(), 0.7)
+    pruning.write(made, tmp_path)
+    with pytest.raises(ModelError, match="there is no module"):
+        pruning.restore(Branches(), tmp_path / "shapes.json", tmp_path / "weights.safetensors")
+    text = (tmp_path / "shapes.json").read_text()
+    broken = {"unknown": 1, **json.loads(text)}
+    (tmp_path / "shapes.json").write_text(json.dumps(broken))
+    with pytest.raises(ModelError, match="unknown key 'unknown'"):
+        shapes.read(tmp_path / "shapes.json")
+    with pytest.raises(ModelError, match="cannot be read"):
+        shapes.read(tmp_path / "none.json")
+
+
+def test_weights_are_selected_never_permuted() -> None:
+    """A normalisation of many channels, most of them cut: what is left keeps its order."""
+    module: Any = nn.Sequential(nn.Linear(4, 200), nn.LayerNorm(200), nn.Linear(200, 3))
+    with torch.no_grad():
+        module[1].weight.copy_(torch.arange(200.0))
+    index = tuple((at,) for at in range(200))
+    group = Group("0", 200, 1, (Slot("0", "out", index), Slot("1", "out", index), Slot("2", "in", index)))
+    kept = [60, 61, 62, 63, 64, 65, 130]
+    cut(module, {group: kept})
+    assert module[1].weight.tolist() == kept
+    assert module[1].normalized_shape == (7,)
+
+
+def test_statistics_are_those_of_the_cut_network() -> None:
+    module = built(lambda: resnet8(10, PIXELS, width=8))
+    torch.manual_seed(1)
+    given = [(torch.randn(16, 3, 16, 16),) for _ in range(3)]
+    goal = 0.5 * cost.macs(module, (images(),))
+    made: Any = pruning.prune(module, (images(),), "macs", goal, Prune(macs=0.5), batches=lambda: given)
+    seen: list[Tensor] = []
+    hook = made.module.bn1.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in given:
+            made.module(*batch)
+    hook.remove()
+    mean = torch.stack([each.mean((0, 2, 3)) for each in seen]).mean(0)
+    assert torch.allclose(made.module.bn1.running_mean, mean, atol=1e-5)
+    assert made.module.bn1.momentum == 0.1
+    assert pruning.recalibrate(nn.Linear(2, 2), []) == 0
+
+
+# ---------------------------------------------------------------- what comes after
+
+
+def test_a_cut_network_becomes_onnx_and_int8(tmp_path: Path) -> None:
+    module = built(Small, SIZE)
+    made: Any = pruning.prune(
+        module, (images(SIZE),), "macs", 0.7 * cost.macs(module, (images(SIZE),)), Prune(macs=0.7), round_to=4
+    )
+    network = Network(made.module, IMAGE, NORMAL).eval()
+    given = samples(IMAGE, 16)
+    target = load("host")
+    export.export(network, given, opset=target.opset, preprocessing=True, path=tmp_path / "fp32.onnx")
+    meta = quantize.quantize(
+        network,
+        [given],
+        target.quantization,
+        opset=target.opset,
+        preprocessing=True,
+        path=tmp_path / "int8.onnx",
+        say=lambda event, /, **fields: None,
+    )
+    assert meta.get("fallback") is None
+    backend: Backend = plugins.build("backends", Part("onnxruntime"))
+    with torch.no_grad():
+        expected = network(torch.from_numpy(given["image"])).numpy()
+    for name, tolerance in (("fp32", 1e-4), ("int8", 0.2)):
+        session = backend.load(tmp_path / f"{name}.onnx", 1)
+        found = session(given)["logits"]
+        session.close()
+        assert np.abs(found - expected).max() < tolerance * max(1.0, float(np.abs(expected).max()))
+
+
+def test_layers_are_compared_channel_by_channel_after_training() -> None:
+    """The record holds where weights are no longer the teacher's, and where its shortcuts were convolutions' before."""
+    teacher = built(lambda: resnet8(10, PIXELS, width=8))
+    made: Any = edgekd.prune(teacher, images(), macs=0.6)
+    with torch.no_grad():
+        for parameter in made.module.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    found = edgekd.match(teacher, made.module, images())
+    assert found.family == "pruned"
+    record = remembered(made.module)
+    assert record is not None
+    for pair in found.pairs:
+        assert pair.projector == "none"
+        assert pair.channel_map is not None
+        assert len(pair.channel_map) == pair.student.channels
+    assert found.pairs[0].channel_map == record[0]["layer1.0.conv2.weight"][0]
+    with edgekd.Distiller(teacher, made.module, images(), losses=["kd", "hint"]) as distiller:
+        assert list(distiller.parameters()) == []  # no projector
+        loss = distiller(images())
+        loss.backward()
+    assert float(loss.detach()) > 0
+    # another teacher of the same architecture is not the one that it was cut out of
+    other = built(lambda: resnet8(10, PIXELS, width=8))
+    with torch.no_grad():
+        other.linear.weight.add_(1)
+    assert edgekd.match(other, made.module, images()).family == "same"
+
+
+def test_prune_of_modules_in_hand(tmp_path: Path) -> None:
+    module = built(Branches)
+    made: Any = edgekd.prune(
+        module, images(), parameters=0.5, importance="taylor", loss=lambda net: net(images()).sum(),
+        batches=[images()], out=tmp_path,
+    )  # fmt: skip
+    told = made.account
+    assert told.measure == "parameters"
+    assert told.parameters_before == cost.parameters(module)
+    assert told.parameters_after == cost.parameters(made.module) <= 0.5 * told.parameters_before
+    assert told.macs_after < told.macs_before
+    assert (tmp_path / "shapes.json").exists()
+    with pytest.raises(RecipeError, match="goals: none"):
+        edgekd.prune(module, images())
+    with pytest.raises(RecipeError, match=r"unknown key 'mac'.*did you mean 'macs'"):
+        edgekd.prune(module, images(), mac=0.5)
+    with pytest.raises(RecipeError, match="Give timer="):
+        edgekd.prune(module, images(), latency_ms=1.0)
+    with pytest.raises(RecipeError, match="Give loss="):
+        edgekd.prune(module, images(), macs=0.5, importance="taylor")
