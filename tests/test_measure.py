@@ -14,7 +14,7 @@ from networks import NORMAL, Small, settled
 
 from edgekd import deploy, measure, plugins, target
 from edgekd.data.npz import npz
-from edgekd.deploy import Source, Workshop
+from edgekd.deploy import Source, Workshop, int8
 from edgekd.errors import DataError, PartError
 from edgekd.measure import Examiner
 from edgekd.recipe import TaskSpec
@@ -161,7 +161,7 @@ def test_of_several_files_the_fastest_is_told(
     assert ("none is faster" in told) == (best == 0)
 
 
-def choice(monkeypatch: pytest.MonkeyPatch, kept: dict[str, tuple[bool, float]], timed: Any) -> deploy.Mixed | None:
+def choice(monkeypatch: pytest.MonkeyPatch, kept: dict[str, tuple[bool, float]], timed: Any) -> int8.Mixed | None:
     """What `deploy` takes of sets of layers (joined by spaces) that hold or not, with such a drop on all samples."""
     sets: list[Json] = [{"layers": [*name.split()], "macs": 1 / len(name)} for name in kept]
     found: dict[str, Json] = {"mixed": {"mixes": sets, "why": ["it was so"]}}
@@ -172,12 +172,12 @@ def choice(monkeypatch: pytest.MonkeyPatch, kept: dict[str, tuple[bool, float]],
         artifact = Artifact("int8", name, Path(), {"methods": methods})
         return deploy.Graph("student-int8-mixed", "quantized", "int8", artifact, Path(name), Path(name), None, ())
 
-    monkeypatch.setattr(deploy, "_quantized", lambda shop, target, before, source, layers: graph(" ".join(layers)))
+    monkeypatch.setattr(int8, "_quantized", lambda shop, target, before, source, layers: graph(" ".join(layers)))
     artifact = Artifact("int8", "", Path(), found)
     plain = deploy.Graph("student-int8", "quantized", "int8", artifact, Path(), Path(), None, ())
     backend: Any = Backend("fake", lambda: None, lambda *_: Path(), lambda file, threads: Slow(0.0))
     nothing: Any = None
-    return deploy._mixed(nothing, target.load("host"), backend, plain, plain, nothing, timed)
+    return int8._mixed(nothing, target.load("host"), backend, plain, plain, nothing, timed)
 
 
 def test_of_sets_of_float_layers_the_fastest_that_holds_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
