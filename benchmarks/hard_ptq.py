@@ -10,7 +10,7 @@ A depthwise-separable network (`dscnn`) is trained, and three networks are quant
   divided by it. ReLU lets any positive factor through, so it computes the same; but channels now differ in range as
   they do where batch normalisation is badly conditioned (Nagel et al., ICCV 2019, figure 2). This is the inverse of
   equalisation, and no network met in the wild.
-- `wide` (digits only): trained with batch normalisation factors that began at exp(spread · n), nothing rescaled.
+- `wide` (digits only): trained with batch normalisation factors that began at exp(spread / 2 · n), nothing rescaled.
 
 What `auto` takes it takes without labels, on the calibration split; the other rows are one fixed set of methods each.
 Accuracies are those of the test split, of the written file, by ONNX Runtime; both formats: u8 affine (host) and s8
@@ -90,7 +90,7 @@ def trained(samples: Dataset, settings: dict[str, Any]) -> Network:
     """The network of these settings: trained here, or read where it was trained before."""
     kind = settings["kind"]
     own = {name: settings[name] for name in ("data", "seed", "model", "width", "epochs")}
-    own |= {"spread": settings["spread"]} if kind == "wide" else {}
+    own |= {"began": settings["spread"] / 2} if kind == "wide" else {}
     torch.manual_seed(settings["seed"])
     spec = ModelSpec("dscnn", {"width": settings["width"]})
     network = models.build(spec, classes=len(samples.classes), inputs=samples.inputs, images=True)
@@ -101,7 +101,7 @@ def trained(samples: Dataset, settings: dict[str, Any]) -> Network:
         if kind == "wide":
             for module in network.modules():
                 if isinstance(module, nn.BatchNorm2d):
-                    nn.init.normal_(module.weight, std=settings["spread"])
+                    nn.init.normal_(module.weight, std=own["began"])
                     module.weight.data.exp_()
         train(network, samples, settings["epochs"], settings["seed"], flip=settings["data"] == "cifar10")
         file.parent.mkdir(parents=True, exist_ok=True)
