@@ -268,7 +268,10 @@ def test_simulation_and_graph_are_compared_when_it_is_written(made: Made, graph:
 
 
 def small(rules: QuantizationRules = HOST, **keep: Any) -> tuple[Simulation, tuple[Tensor, ...]]:
-    network = networks.small()
+    return ranged(networks.small(), rules, **keep)
+
+
+def ranged(network: Network, rules: QuantizationRules, **keep: Any) -> tuple[Simulation, tuple[Tensor, ...]]:
     args, specs = graph_inputs(network, networks.samples(network.inputs, 8), preprocessing=True)
     simulation = Simulation(capture(network, args, specs, preprocessing=True), rules, **keep)
     simulation.observe([args])
@@ -288,6 +291,22 @@ def test_gradients_reach_every_weight_and_are_finite(rules: QuantizationRules) -
     assert len(weights) == len(simulation.quantized)
     assert all(bool(each.abs().sum() > 0) for each in weights)
     assert all(value.grad is None for value in simulation.graph.parameters())
+
+
+@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+def test_activations_that_work_in_place_are_no_obstacle(rules: QuantizationRules) -> None:
+    def gradients(inplace: bool) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 8, 1), nn.Hardswish(inplace), nn.Flatten()]
+        network = Network(nn.Sequential(*layers, nn.Linear(8 * 36, 3)).eval(), networks.IMAGE, networks.NORMAL)
+        rounded = Rounded(ranged(network, rules)[0])
+        rounded(*ranged(network, rules)[1]).square().sum().backward()
+        return [value.grad for value in rounded.values.values()]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)

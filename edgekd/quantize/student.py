@@ -151,13 +151,12 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, scale: float, zero: int, least: int, most: int) -> Tensor:
         result, inside = torch.ops.aten.fake_quantize_per_tensor_affine_cachemask(x, scale, zero, least, most)
-        ctx.save_for_backward(x, result, inside)
+        # What is kept is nobody else's: an activation behind it may work in place.
+        ctx.save_for_backward(torch.where(inside, result - x, result), inside)
         made: Tensor = result
         return made
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, result, inside = ctx.saved_tensors
-        within = gradient * inside
-        stretch = torch.dot(gradient.flatten(), result.flatten()) - torch.dot(within.flatten(), x.flatten())
-        return within, _STRETCH * stretch, None, None, None, None
+        change, inside = ctx.saved_tensors
+        return gradient * inside, _STRETCH * (gradient * change).sum(), None, None, None, None
