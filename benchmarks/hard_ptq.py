@@ -201,13 +201,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| network | " + " | ".join(METHODS) + " | auto took | s |", "|---" * (len(METHODS) + 3) + "|"]
     for name, found in groups.items():
         cells = [f"{100 * found[one]['accuracy']:.2f}" if one in found else "" for one in METHODS]
-        kept: dict[str, Any] = next(
-            (one for one in found.get("auto", {}).get("methods", []) if one["kept"]), {"methods": []}
-        )
+        tried: list[dict[str, Any]] = found.get("auto", {}).get("methods", [])
+        kept: list[str] = next((one["methods"] for one in tried if one["kept"]), [])
         data_name, width, epochs, spread, seed, kind, board, _ = name
         label = f"{data_name}, {kind} (spread {spread:g}), width {width:g}, {epochs} epochs, seed {seed}, {board}"
         seconds = found.get("auto", {}).get("seconds", "")
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {' + '.join(kept['methods'])} | {seconds} |")
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {' + '.join(kept)} | {seconds} |")
     return "\n".join(lines)
 
 

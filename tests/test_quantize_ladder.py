@@ -190,7 +190,7 @@ def test_figures_by_hand() -> None:
     assert loss.expected_drop == pytest.approx((0.6 - 0.4) / 3, abs=1e-6)
     assert loss.divergence == pytest.approx((0.6 * np.log(0.6 / 0.4) + 0.4 * np.log(0.4 / 0.6)) / 3, abs=1e-6)
     assert loss.drop == pytest.approx(1 / 3)
-    assert loss.drop_error == pytest.approx(np.std([0, 1, 0]) / np.sqrt(3))
+    assert loss.drop_error == pytest.approx(float(np.std([0, 1, 0]) / np.sqrt(3)))
     noise = 2 * (log[1][0] - log[1][1]) ** 2
     assert loss.sqnr_db == pytest.approx(10 * np.log10(np.square(log).sum() / noise), abs=1e-4)
     same = loss_of(Fixed(log, log))

@@ -14,19 +14,23 @@ from torch.fx.node import map_arg
 from edgekd.quantize.simulation import Inputs, Layer, Simulation, fake_quantizer
 
 SAMPLES = 256  # at most, that corrections are learned from
-_BYTES = 2**27  # that the values of one node may take, for all samples together
+_FEW = 64
+_BYTES, _MOST_BYTES = 2**23, 2**27  # of one value for all samples: with more than 64, and with more than 16
 Parts: TypeAlias = "list[Tensor]"  # one value, cut along the batch
 Visit: TypeAlias = "Callable[[Layer, Parts, Parts], None]"
 
 
 def gather(simulation: Simulation, batches: Iterable[Inputs]) -> list[Inputs]:
-    """The first samples of a stream: at most 256, and fewer where the values between their layers are large."""
+    """The first samples of a stream: at most 256, and fewer where the values between their layers are large.
+
+    All samples are in memory at every layer of a walk, as two networks, so that their number is what memory depends on.
+    """
     largest = 1
     for node in simulation.graph.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dim() > 1:
             largest = max(largest, math.prod(int(side) for side in value.shape[1:]) * value.element_size())
-    left = max(16, min(SAMPLES, _BYTES // largest))
+    left = min(SAMPLES, max(_FEW, _BYTES // largest), max(16, _MOST_BYTES // largest))
     found: list[Inputs] = []
     for batch in batches:
         found.append(tuple(tensor[:left] for tensor in batch))
