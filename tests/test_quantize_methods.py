@@ -349,7 +349,7 @@ def test_what_corrections_learn_from_is_bounded(monkeypatch: pytest.MonkeyPatch)
             seed += 1
 
     def count() -> int:
-        return sum(len(part[0]) for part in gather(simulation, stream()))  # type: ignore[arg-type]
+        return sum(len(part[0]) for part in gather(simulation, stream()))  # type: ignore[arg-type, misc]
 
     assert count() == 256
     monkeypatch.setattr("edgekd.quantize.walk._BYTES", 100 * 16 * 8 * 8 * 4)  # the first layer's 16 × 8 × 8 floats
