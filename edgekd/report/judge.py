@@ -23,7 +23,7 @@ from edgekd.report import figures
 from edgekd.types import Budget, Comparison, Status, Variant, Verdict
 
 _TIE = 1.03  # medians closer than this are one latency: accuracy decides
-# Sessions of the very same float kernels differ by where their memory lies: by 6 % for an LSTM that no form had changed.
+# Sessions of the same float kernels differ by where their memory lies: by 6 % for an LSTM that no form had changed.
 _SAME_KERNELS = 1.1
 _FLOAT = ("fp32", "fp16")
 _STAGES = ("onnx", "quantized", "engine")  # what can be deployed, the furthest last
