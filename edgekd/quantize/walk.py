@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from edgekd.quantize.simulation import Inputs, Layer, Simulation, fake_quantizer
+from edgekd.quantize.fake_quantizer import FakeQuantizer
+from edgekd.quantize.gates import Gate
+from edgekd.quantize.simulation import Inputs, Layer, Simulation
 
 SAMPLES = 256  # at most, that corrections are learned from
 _FEW = 64
@@ -116,13 +118,15 @@ def _plain(
         floats[node] = rounded[node] = [value] * count
         return
     if node.op == "call_module":
-        quantizer = fake_quantizer(simulation.graph, node)
-        if quantizer is None:  # the check of shapes that torch.export puts in front
-            floats[node] = rounded[node] = [None] * count
-            return
-        source: Any = node.args[0]
-        floats[node] = list(floats[source])
-        rounded[node] = [quantizer(value) for value in rounded[source]]
+        module, source = simulation.graph.get_submodule(str(node.target)), cast("Node", node.args[0])
+        if isinstance(module, FakeQuantizer):
+            floats[node] = list(floats[source])
+            rounded[node] = [module(value) for value in rounded[source]]
+        elif isinstance(module, Gate):
+            floats[node] = [torch.nn.functional.hardswish(value) for value in floats[source]]
+            rounded[node] = [module(value) for value in rounded[source]]
+        else:  # the check of shapes that torch.export puts in front
+            assert not node.users, f"{node} is a module that the walk does not know"
         return
     for values in (floats, rounded):
         made = []
