@@ -103,6 +103,19 @@ def weights_rows(sources: Mapping[Stage, Source], shop: Workshop, task: Task) ->
     return examiner, rows
 
 
+def guessing(examiner: Examiner) -> str | None:
+    """What the reader must know of a teacher of classes that is not shown to know more than which one is frequent."""
+    if examiner.task.labels != "classes" or examiner.task.dense:
+        return None
+    found, most = accuracy.mean(examiner.scores), float(np.bincount(examiner.truth).max() / len(examiner.truth))
+    if found.low > most:
+        return None
+    return (
+        f"the teacher's {examiner.task.metric} of {found.value:.1%} is not shown to be more than the {most:.1%} of "
+        "always naming the most frequent class: no drop against it means little"
+    )
+
+
 def weights_row(
     examiner: Examiner, stage: Stage, source: Source, name: str, outputs: np.ndarray | None = None
 ) -> Variant:

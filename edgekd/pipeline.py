@@ -230,6 +230,8 @@ def _compressed(
     timed = partial(measure.fastest, shop=shop, threads=threads, quick=quick)
     with run.timed("accuracy"):
         examiner, rows = measure.weights_rows(sources, shop, run.task)
+    if (doubt := measure.guessing(examiner)) is not None:
+        run.note(doubt)
     made: list[Deployment] = []
     comparisons: list[Comparison] = []
     for target in targets:

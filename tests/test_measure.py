@@ -44,6 +44,17 @@ def examiner(task: Task, teacher: np.ndarray, truth: np.ndarray, say: Any = None
     return Examiner(split, truth, task, task.scores(teacher, truth), task.decisions(teacher), say or Heard())
 
 
+def test_a_teacher_that_only_guesses_is_told() -> None:
+    truth = np.array([0] * 60 + [1] * 40)
+    always, knows = np.tile([1.0, 0.0], (100, 1)), np.eye(2)[truth]
+    told = measure.guessing(examiner(made("classification"), always, truth))
+    assert told is not None
+    assert "60.0% is not shown to be more than the 60.0%" in told
+    assert measure.guessing(examiner(made("classification"), knows, truth)) is None
+    values = RANDOM.normal(size=(40, 1))
+    assert measure.guessing(examiner(made("regression"), values, values)) is None
+
+
 def test_a_row_has_the_tasks_figures() -> None:
     heard = Heard()
     truth = RANDOM.integers(0, 2, (40, 3))

@@ -73,6 +73,8 @@ def search(
         with run.timed("accuracy"):
             sources: dict[Any, Source] = {"teacher": taught_by[0][0]}
             examiner, teacher = measure.weights_rows(sources, pipeline.workshop(run, taught_by[0]), run.task)
+        if (doubt := measure.guessing(examiner)) is not None:
+            run.note(doubt)
     lab = Lab(run, targets, taught_by, examiner, found, plan, threads, quick)
     trials = None
     if here().first:
