@@ -130,7 +130,7 @@ def train(network: Network, samples: Dataset, epochs: int, seed: int, *, flip: b
                 images = torch.roll(images, tuple(int(n) for n in random.integers(-4, 5, 2)), (1, 2))
             loss = nn.functional.cross_entropy(network(images), torch.from_numpy(batch.labels))
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             total += float(loss.detach())
@@ -145,8 +145,8 @@ def rescale(network: Network, spread: float, seed: int) -> None:
     with torch.no_grad():
         for norm, following in zip(norms, layers[1:], strict=True):
             factor = torch.exp(spread * torch.randn(norm.num_features, generator=random))
-            norm.weight *= factor
-            norm.bias *= factor
+            norm.weight.mul_(factor)
+            norm.bias.mul_(factor)
             own = isinstance(following, nn.Conv2d) and following.groups > 1
             following.weight /= factor.reshape((-1, 1, 1, 1) if own else (1, -1, *[1] * (following.weight.dim() - 2)))
 
@@ -201,11 +201,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| network | " + " | ".join(METHODS) + " | auto took | s |", "|---" * (len(METHODS) + 3) + "|"]
     for name, found in groups.items():
         cells = [f"{100 * found[one]['accuracy']:.2f}" if one in found else "" for one in METHODS]
-        kept = next((one for one in found.get("auto", {}).get("methods", []) if one["kept"]), {"methods": []})
+        tried: list[dict[str, Any]] = found.get("auto", {}).get("methods", [])
+        kept: list[str] = next((one["methods"] for one in tried if one["kept"]), [])
         data_name, width, epochs, spread, seed, kind, board, _ = name
         label = f"{data_name}, {kind} (spread {spread:g}), width {width:g}, {epochs} epochs, seed {seed}, {board}"
         seconds = found.get("auto", {}).get("seconds", "")
-        lines.append(f"| {label} | " + " | ".join(cells) + f" | {' + '.join(kept['methods'])} | {seconds} |")
+        lines.append(f"| {label} | " + " | ".join(cells) + f" | {' + '.join(kept)} | {seconds} |")
     return "\n".join(lines)
 
 

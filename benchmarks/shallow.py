@@ -1,7 +1,7 @@
 """A student for CPUs with int8 dot products: few layers, many channels, half the resolution from the first one on.
 
 Measured with ONNX Runtime 1.32, one thread, VNNI: a layer of 16 channels at 32 × 32 takes as long as one of 32 channels
-at 16 × 16 with the same multiply-accumulates does not even half of the time, and 12 or 14 channels take longer than 16
+at 16 × 16 with the same multiply-accumulates does not even half of the time, and 12 channels take longer than 16
 do. So the network is wide where a narrow ResNet-20 is deep.
 """
 

@@ -222,9 +222,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| network | parameters | MACs | epochs | seconds | accuracy | held out |", "|---" * 7 + "|"]
     for row in {row["settings"]["model"]: row for row in rows}.values():
         shown = [f"{100 * row[key]['value']:.2f}" for key in ("accuracy", "held_out")]
-        cells = row["settings"]["model"], f"{row['parameters']:,}", f"{row['macs'] or 0:,}"
-        cells += row["settings"]["options"]["epochs"], f"{row['train_s']:.0f}", *shown
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        cells = [row["settings"]["model"], f"{row['parameters']:,}", f"{row['macs'] or 0:,}"]
+        cells += [str(row["settings"]["options"]["epochs"]), f"{row['train_s']:.0f}", *shown]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def layer(form: tuple[int, int, int, int]) -> tuple[Any, np.ndarray, np.ndarray,
     weight = random.integers(-127, 128, shape).astype(np.int8)
     x = random.integers(0, 256, (4, inputs, *side)).astype(np.uint8)
     step = np.float32(2.0**-4 if groups == inputs else 2.0**-2)
-    held = {
+    held: dict[str, np.ndarray] = {
         "xs": np.array(2.0**-6, np.float32), "xz": np.array(100, np.uint8), "w": weight,
         "ws": np.full(outputs, 2.0**-6, np.float32), "wz": np.zeros(outputs, np.int8), "ys": np.array(step),
         "yz": np.array(128, np.uint8),
@@ -143,7 +143,8 @@ def expected(
                         1, dtype=np.int64
                     )
     levels = np.rint(total.astype(np.float32) * np.float32(2.0**-12) / step) + 128
-    return np.clip(levels, 0, 255).astype(np.uint8)
+    made: np.ndarray = np.clip(levels, 0, 255).astype(np.uint8)
+    return made
 
 
 def networks(ledger: Any, options: argparse.Namespace, version: str, work: Path, model: str) -> None:
@@ -240,12 +241,12 @@ def answer(path: str, given: str, written: str) -> None:
     np.save(written, np.concatenate([session.run(None, {name: x[i : i + 1]})[0] for i in range(len(x))]))
 
 
-def table(rows: list[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """What was found, as Markdown."""
     return "\n".join([*_layer_lines(rows), "", *_model_lines(rows)])
 
 
-def _layer_lines(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+def _layer_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "| layer | CPU | outputs | not exact | not those of clipped sums |"
     yield "|---|---|---|---|---|"
     for row in rows:
@@ -255,7 +256,7 @@ def _layer_lines(rows: list[Mapping[str, Any]]) -> Iterator[str]:
             yield f"| {s['layer']} | {s['cpu']} | " + " | ".join(map(str, counts)) + " |"
 
 
-def _model_lines(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+def _model_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield "| model | weights | CPU | images | accuracy | decisions that differ | largest difference of logits |"
     yield "|---|---|---|---|---|---|---|"
     for row in rows:

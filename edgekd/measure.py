@@ -97,7 +97,7 @@ def weights_rows(sources: Mapping[Stage, Source], shop: Workshop, task: Task) ->
     examiner = Examiner(test, truth, task, _scores(task, teacher, truth), task.decisions(teacher), shop.say)
     rows = [
         # the same network may be both: then it is run once
-        weights_row(examiner, stage, source, stage, teacher if source is sources["teacher"] else None)
+        weights_row(examiner, stage, source, stage, teacher if source.network is sources["teacher"].network else None)
         for stage, source in sources.items()
     ]
     return examiner, rows

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -127,10 +127,11 @@ def test_import_edgekd_does_not_import_torch_and_help_is_fast() -> None:
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
     command = [sys.executable, "-c", "from edgekd.cli import main; main()", "--help"]
     seconds = []
-    for _ in range(5):
-        begun = time.perf_counter()
+    for _ in range(5):  # of the processor: on a busy machine the clock on the wall says nothing of the program
+        before = os.times()
         subprocess.run(command, check=True, capture_output=True)
-        seconds.append(time.perf_counter() - begun)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert min(seconds) < 0.3
 
 

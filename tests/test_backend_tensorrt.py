@@ -23,9 +23,9 @@ from edgekd.backends.onnxruntime import onnxruntime
 from edgekd.backends.tensorrt import available, mistyped, tensorrt
 from edgekd.bundle.load import load
 from edgekd.errors import BackendError, ModelError
-from edgekd.types import Part, Precision
+from edgekd.types import Part
 
-KINDS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+KINDS: tuple[tiny_onnx.Kind, ...] = ("fp32", "fp16", "int8")
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,7 @@ def test_other_versions_are_refused(fake: Callable[[str], None], version: str) -
 
 @pytest.mark.parametrize("version", ["8.5.2", "8.6.1", "10.3.0", "10.16.1.11", "11.4.0.106"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compile_and_run(fake: Callable[[str], None], tmp_path: Path, version: str, kind: Precision) -> None:
+def test_compile_and_run(fake: Callable[[str], None], tmp_path: Path, version: str, kind: tiny_onnx.Kind) -> None:
     fake(version)
     assert available() is None
     weak = version.startswith("8")

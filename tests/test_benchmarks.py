@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -116,17 +117,17 @@ def test_trained_and_ptq(tmp_path: Path, few: Path) -> None:
     assert [file.name for file in weights.parent.iterdir()] == [weights.name]
     assert run("trained.py", tmp_path, *options)[0] == trained
     (tmp_path / "results.jsonl").unlink()
-    options += ("--tools", "edgekd", "--quick", "--latencies", str(tmp_path / "latencies.jsonl"))
-    rows, printed = run("ptq.py", tmp_path, *options)
+    more = (*options, "--tools", "edgekd", "--quick", "--latencies", str(tmp_path / "latencies.jsonl"))
+    rows, printed = run("ptq.py", tmp_path, *more)
     (found,) = rows[0]["variants"].values()
     assert found["drop"]["value"] == pytest.approx(found["fp32"] - found["accuracy"]["value"])
     assert found["nodes"]["QuantizeLinear"] > 0
     (times,) = [json.loads(line) for line in (tmp_path / "latencies.jsonl").read_text().splitlines()]
     assert set(times["p50_ms"]) == {"fp32", "edgekd auto"}
     assert "| resnet20 | edgekd auto |" in printed
-    assert run("ptq.py", tmp_path, *options)[0] == rows
+    assert run("ptq.py", tmp_path, *more)[0] == rows
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))  # another network: its results are others
-    assert len(run("ptq.py", tmp_path, *options)[0]) == 2
+    assert len(run("ptq.py", tmp_path, *more)[0]) == 2
 
 
 def test_ptq_table(tmp_path: Path) -> None:
@@ -167,3 +168,16 @@ def test_end_to_end_table(tmp_path: Path) -> None:
     _, printed = run("end_to_end.py", tmp_path, "--table")
     assert "| teacher | 90.00 | +0.00 | 1 | 9.000 | 9.00 (8.50 … 9.50) |" in printed
     assert "drop: reached, over_teacher: reached" in printed
+
+
+def test_vnni(tmp_path: Path, shared_data: Path) -> None:
+    if shutil.which("qemu-x86_64") is None:
+        pytest.skip("qemu-x86_64 is not installed")
+    options = ("--images", "20", "--calibration", "64", "--models", "resnet20")
+    rows, printed = run("vnni.py", tmp_path, "--data", str(shared_data), *options)
+    for row in rows:
+        if row["settings"]["part"] == "layers":
+            exact = row["settings"]["cpu"] == "here" or row["settings"]["layer"] == "depthwise"
+            assert row["differ_from_exact" if exact else "differ_from_clipped"] == 0
+    assert "| resnet20 | edgekd | Haswell | 20 |" in printed
+    assert run("vnni.py", tmp_path, "--data", str(shared_data), *options)[0] == rows

@@ -14,6 +14,7 @@ from typing import Any
 import networks
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -455,3 +456,33 @@ def test_a_pool_to_one_pixel_is_one_node_whatever_the_shape_of_its_input(tmp_pat
         operators = [node.op_type for node in onnx.load(path).graph.node]
         assert operators.count("ReduceMean") + operators.count("GlobalAveragePool") == 1
         assert not {"Gather", "Range", "Where"} & set(operators)
+
+
+def test_gelu_is_written_as_the_runtime_fuses_it(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval()
+    network = Network(module, (TensorSpec("x", "float32", ("batch", 8)),), None)
+    x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    export(network, {"x": x}, opset=18, preprocessing=False, path=tmp_path / "m.onnx")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    session = ort.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
+    kinds = {node.op_type for node in onnx.load(tmp_path / "fused.onnx").graph.node}
+    assert kinds & {"Gelu", "BiasGelu"}
+    assert "Erf" not in kinds
+    (found,) = session.run(None, {"x": x})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, module(torch.from_numpy(x)).numpy(), atol=1e-6)
+
+
+def test_what_only_looks_like_gelu_stays_as_it_is(tmp_path: Path) -> None:
+    class Third(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            gate = 0.5 * (1 + torch.erf(x))
+            return x * gate + gate  # the half is read twice
+
+    network = Network(Third().eval(), (TensorSpec("x", "float32", ("batch", 8)),), None)
+    x = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    export(network, {"x": x}, opset=18, preprocessing=False, path=tmp_path / "m.onnx")
+    session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": x})
+    np.testing.assert_allclose(found, Third()(torch.from_numpy(x)).numpy(), atol=1e-6)

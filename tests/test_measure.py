@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +12,14 @@ import pytest
 import torch
 from networks import NORMAL, Small, settled
 
-from edgekd import measure, plugins
+from edgekd import deploy, measure, plugins, target
 from edgekd.data.npz import npz
-from edgekd.deploy import Source, Workshop
+from edgekd.deploy import Source, Workshop, int8
 from edgekd.errors import DataError, PartError
 from edgekd.measure import Examiner
 from edgekd.recipe import TaskSpec
 from edgekd.store import Store
-from edgekd.types import Artifact, Dataset, Json, Part, Split, Stage, Task
+from edgekd.types import Arrays, Artifact, Backend, Dataset, Json, Part, Split, Stage, Task
 
 RANDOM = np.random.default_rng(0)
 
@@ -125,3 +127,80 @@ def test_networks_are_held_against_the_first_teacher(tmp_path: Any) -> None:
     assert found["student"]["agreement"] == student.agreement
     assert student.drop is not None
     assert found["student"]["drop"] == dataclasses.asdict(student.drop)
+
+
+@dataclasses.dataclass
+class Slow:
+    """A FAKE session that takes as long as its file says."""
+
+    seconds: float
+    runtime: str = "fake"
+    inputs: tuple[Any, ...] = ()
+    outputs: tuple[Any, ...] = ()
+
+    def __call__(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        time.sleep(self.seconds)
+        return {"logits": np.zeros((1, 2), np.float32)}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@pytest.mark.parametrize(("milliseconds", "best"), [((2, 8), 0), ((8, 2), 1), ((8, 8, 2), 2)])
+def test_of_several_files_the_fastest_is_told(
+    milliseconds: tuple[int, ...], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "_one_sample", lambda source, shop: {"x": np.zeros((1, 2), np.float32)})
+    backend = Backend("fake", lambda: None, lambda *_: Path(), lambda file, threads: Slow(float(file.stem) / 1e3))
+    files = [Path(f"{each}.onnx") for each in milliseconds]
+    nothing: Any = None
+    shop = Workshop(nothing, nothing, True, None, Heard())
+    index, told = measure.fastest(backend, files, nothing, shop=shop, threads=1, quick=True)
+    assert index == best
+    assert told.startswith(f"of {len(files)} sets of layers in float that hold, it ")
+    assert ("none is faster" in told) == (best == 0)
+
+
+def choice(monkeypatch: pytest.MonkeyPatch, kept: dict[str, tuple[bool, float]], timed: Any) -> int8.Mixed | None:
+    """What `deploy` takes of sets of layers (joined by spaces) that hold or not, with such a drop on all samples."""
+    sets: list[Json] = [{"layers": [*name.split()], "macs": 1 / len(name)} for name in kept]
+    found: dict[str, Json] = {"mixed": {"mixes": sets, "why": ["it was so"]}}
+
+    def graph(name: str) -> deploy.Graph:
+        within, drop = kept[name]
+        methods: list[Json] = [{"kept": True, "within": within, "expected_drop": drop}]
+        artifact = Artifact("int8", name, Path(), {"methods": methods})
+        return deploy.Graph("student-int8-mixed", "quantized", "int8", artifact, Path(name), Path(name), None, ())
+
+    monkeypatch.setattr(int8, "_quantized", lambda shop, target, before, source, layers: graph(" ".join(layers)))
+    artifact = Artifact("int8", "", Path(), found)
+    plain = deploy.Graph("student-int8", "quantized", "int8", artifact, Path(), Path(), None, ())
+    backend: Any = Backend("fake", lambda: None, lambda *_: Path(), lambda file, threads: Slow(0.0))
+    nothing: Any = None
+    return int8._mixed(nothing, target.load("host"), backend, plain, plain, nothing, timed)
+
+
+def test_of_sets_of_float_layers_the_fastest_that_holds_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def timed(backend: Any, files: Any, source: Any) -> tuple[int, str]:
+        asked.append([file.name for file in files])
+        return 1, "it is the fastest"
+
+    kept = {"a": (False, 0.02), "a b": (True, 0.001), "a c dd": (True, 0.002)}
+    found = choice(monkeypatch, kept, timed)
+    assert found is not None
+    assert asked == [["a b", "a c dd"]], "only those that hold are timed"
+    assert found.layers == ("a", "c", "dd")
+    assert found.ready.notes[-1] == "student-int8-mixed has a, c, dd in float: it was so; it is the fastest"
+    elsewhere = choice(monkeypatch, kept, None)
+    assert elsewhere is not None
+    assert elsewhere.layers == ("a", "c", "dd"), "where nothing can be timed: fewest multiply-accumulates in float"
+    alone = choice(monkeypatch, {"a": (False, 0.02), "a b": (True, 0.001)}, timed)
+    assert alone is not None
+    assert (alone.layers, len(asked)) == (("a", "b"), 1)
+    none = choice(monkeypatch, {"a": (False, 0.03), "a b": (False, 0.02)}, timed)
+    assert none is not None
+    assert none.layers == ("a", "b")
+    assert "no set of layers in float is within the limit" in none.ready.notes[-1]
+    assert choice(monkeypatch, {}, timed) is None

@@ -160,7 +160,7 @@ def test_several_named_inputs_that_are_no_images(place: Path) -> None:
         helper.make_node("Concat", ["mean", "sensors"], ["all"], axis=1),
         helper.make_node("MatMul", ["all", "w"], ["logits"]),
     ]
-    held = {
+    held: dict[str, np.ndarray] = {
         "table": random.normal(size=(60, 32)).astype(np.float32), "axes": np.array([1], np.int64),
         "w": random.normal(size=(36, 16)).astype(np.float32),
     }  # fmt: skip

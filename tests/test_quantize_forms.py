@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,7 +59,7 @@ def run(path: Path, given: Arrays) -> np.ndarray:
         session.close()
 
 
-def one_layer(op: str, weight: np.ndarray, shape: list[int | str], **attributes: object) -> onnx.ModelProto:
+def one_layer(op: str, weight: np.ndarray, shape: list[int | str], **attributes: Any) -> onnx.ModelProto:
     graph = helper.make_graph(
         [helper.make_node(op, ["w", "x"] if op == "Gather" else ["x", "w"], ["logits"], name="layer", **attributes)],
         "one",
@@ -81,7 +82,7 @@ def one_layer(op: str, weight: np.ndarray, shape: list[int | str], **attributes:
     ],
 )
 def test_each_output_channel_has_a_scale_of_its_own(
-    op: str, shape: tuple[int, ...], axis: int, given: list[int | str], attributes: dict[str, object], tmp_path: Path
+    op: str, shape: tuple[int, ...], axis: int, given: list[int | str], attributes: dict[str, Any], tmp_path: Path
 ) -> None:
     weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     weight *= np.logspace(-2, 2, shape[axis], dtype=np.float32).reshape(
@@ -180,7 +181,7 @@ def test_a_convolution_keeps_its_floats_in_dynamic_int8(tmp_path: Path) -> None:
 def test_what_is_worth_building() -> None:
     random = np.random.default_rng(0)
 
-    def of(op: str, shape: tuple[int, ...], given: list[int | str], **attributes: object) -> onnx.ModelProto:
+    def of(op: str, shape: tuple[int, ...], given: list[int | str], **attributes: Any) -> onnx.ModelProto:
         return one_layer(op, random.normal(size=shape).astype(np.float32), given, **attributes)
 
     wide = of("Gemm", (64, 64), ["b", 64])  # 16384 bytes of weights, 256 of activations

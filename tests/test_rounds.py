@@ -126,9 +126,9 @@ def test_rounds_are_steps_that_are_made_once(tmp_path: Path) -> None:
     assert [pair["projector"] for pair in found["pairs"] if pair["loss"] == "hint"] == ["none"] * 3
     for pair in found["pairs"]:
         assert len(pair["channel_map"]) == pair["student"]["channels"]
-    told = training.told(school, made.student)
-    assert told is not None
-    assert told.epochs == 2
+    of_student = training.told(school, made.student)
+    assert of_student is not None
+    assert of_student.epochs == 2
 
     again = Told()
     _, same = run(read(), tmp_path / "store", again)

@@ -56,9 +56,9 @@ def chain(*, wide: float = 0.0, sure: float = 1.0, activation: nn.Module | None 
     with torch.no_grad():
         logits = network(*inputs_of(network, 256, 77))
         factor = sure / logits.std(0)
-        module.head.weight *= factor.unsqueeze(1)
-        module.head.bias -= logits.mean(0)
-        module.head.bias *= factor
+        module.head.weight.mul_(factor.unsqueeze(1))
+        module.head.bias.sub_(logits.mean(0))
+        module.head.bias.mul_(factor)
     return network
 
 

@@ -8,20 +8,23 @@ last line that is printed tells of them as JSON. An IR runs on OpenVINO alone, s
 are written as well, and those of the fp32 model on OpenVINO. Runs in its own environment (requirements-onnx.txt).
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 
 with mock.patch.dict("os.environ", {"NNCF_CI": "1"}):  # no report of this run to anybody
-    import nncf
+    import nncf  # type: ignore[import-not-found]
 import onnx
-import openvino
+import openvino  # type: ignore[import-not-found]
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "mixed": {"preset": nncf.QuantizationPreset.MIXED},
     "transformer": {"model_type": nncf.ModelType.TRANSFORMER},
@@ -31,13 +34,14 @@ BATCH = 1  # NNCF's bias correction is made for single samples
 ROUNDS, RUNS = 40, 10
 
 
-def main():
+def main() -> None:
     """Quantize in every way, in both forms."""
     job = json.loads(Path(sys.argv[1]).read_text())
     images, out = np.load(job["calibration"]), Path(job["out"])
     test = np.load(job["test"], mmap_mode="r")
     batches = [images[at : at + BATCH] for at in range(0, len(images), BATCH)]
-    found, irs = {}, {"fp32": openvino.Core().read_model(job["float"])}
+    found: dict[str, dict[str, Any]] = {}
+    irs = {"fp32": openvino.Core().read_model(job["float"])}
     for name, options in VARIANTS.items():
         options = options | {"subset_size": len(images)}
         begun, file = time.time(), out / f"{name}.onnx"
@@ -58,12 +62,13 @@ def main():
     print(json.dumps(found))
 
 
-def judged(models, test, out):
+def judged(models: dict[str, Any], test: np.ndarray, out: Path) -> dict[str, dict[str, Any]]:
     """Outputs for the test images, bytes on disk, and milliseconds an image on one thread, measured in turns."""
     # fp32 stays fp32: by itself OpenVINO computes in bfloat16 where the CPU has it.
     options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     runs = {name: openvino.Core().compile_model(model, "CPU", options) for name, model in models.items()}
-    times, found = {name: [] for name in runs}, {}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    found: dict[str, dict[str, Any]] = {}
     for _ in range(ROUNDS):
         for name, run in runs.items():
             for turn in range(RUNS):

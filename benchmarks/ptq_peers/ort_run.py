@@ -6,17 +6,20 @@ Every variant is one quantized file; the last line that is printed tells of them
 (requirements-onnx.txt), knows nothing of edgekd.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 BATCH = 64
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "minmax": {"per_channel": True},
     "percentile": {"per_channel": True, "calibrate_method": CalibrationMethod.Percentile},
     "entropy": {"per_channel": True, "calibrate_method": CalibrationMethod.Entropy},
@@ -25,22 +28,22 @@ VARIANTS = {
 }
 
 
-class Images(CalibrationDataReader):
+class Images(CalibrationDataReader):  # type: ignore[misc]
     """The calibration images, batch by batch."""
 
-    def __init__(self, images, name):
+    def __init__(self, images: np.ndarray, name: str) -> None:
         self.batches = iter([{name: images[at : at + BATCH]} for at in range(0, len(images), BATCH)])
 
-    def get_next(self):
+    def get_next(self) -> dict[str, np.ndarray] | None:
         """The next batch, None behind the last one."""
         return next(self.batches, None)
 
 
-def main():
+def main() -> None:
     """Quantize in every way."""
     job = json.loads(Path(sys.argv[1]).read_text())
     images, out = np.load(job["calibration"]), Path(job["out"])
-    prepared, found = out / "prepared.onnx", {}
+    prepared, found = out / "prepared.onnx", dict[str, dict[str, Any]]()
     quant_pre_process(job["float"], str(prepared))
     for name, options in VARIANTS.items():
         begun, file = time.time(), out / f"{name.replace(' ', '_')}.onnx"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import DataError, ModelError
+from edgekd.graph.gelu import gelus
 from edgekd.types import Arrays, TensorSpec
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def to_onnx(program: Program, opset: int) -> onnx.ModelProto:
             fix="replace that operation in the model's forward by one that torch.onnx can export",
         ) from error
     assert written is not None
-    model: onnx.ModelProto = written.model_proto
+    model: onnx.ModelProto = gelus(written.model_proto)
     _name_dimensions(model, program.inputs)
     return model
 

@@ -248,10 +248,12 @@ def _windows(layer: _Layer, data: np.ndarray, random: np.random.Generator) -> np
     kernel = layer.weight.shape[2:]
     strides = attributes.get("strides", [1] * len(kernel))
     dilations = attributes.get("dilations", [1] * len(kernel))
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     pads = attributes.get("pads", [0] * 2 * len(kernel))
+    if attributes.get("auto_pad", b"NOTSET") in (b"SAME_UPPER", b"SAME_LOWER"):
+        pads = [(span - 1) // 2 for span in spans] + [span // 2 for span in spans]
     around = [(0, 0), (0, 0), *zip(pads[: len(kernel)], pads[len(kernel) :], strict=True)]
     padded = np.pad(data, around, constant_values=layer.zero)
-    spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     counts = [(n - span) // s + 1 for n, span, s in zip(padded.shape[2:], spans, strides, strict=True)]
     found = []
     for _ in range(_POSITIONS):

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from edgekd.quantize.simulation import Inputs, Layer, Simulation, fake_quantizer
+from edgekd.quantize.fake_quantizer import FakeQuantizer
+from edgekd.quantize.gates import Gate
+from edgekd.quantize.simulation import Inputs, Layer, Simulation
 
 SAMPLES = 256  # at most, that corrections are learned from
-_BYTES = 2**27  # that the values of one node may take, for all samples together
+_FEW = 64
+_BYTES, _MOST_BYTES = 2**23, 2**27  # of one value for all samples: with more than 64, and with more than 16
 Parts: TypeAlias = "list[Tensor]"  # one value, cut along the batch
 Visit: TypeAlias = "Callable[[Layer, Parts, Parts], None]"
 
 
 def gather(simulation: Simulation, batches: Iterable[Inputs]) -> list[Inputs]:
-    """The first samples of a stream: at most 256, and fewer where the values between their layers are large."""
+    """The first samples of a stream: at most 256, and fewer where the values between their layers are large.
+
+    All samples are in memory at every layer of a walk, as two networks, so that their number is what memory depends on.
+    """
     largest = 1
     for node in simulation.graph.graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dim() > 1:
             largest = max(largest, math.prod(int(side) for side in value.shape[1:]) * value.element_size())
-    left = max(16, min(SAMPLES, _BYTES // largest))
+    left = min(SAMPLES, max(_FEW, _BYTES // largest), max(16, _MOST_BYTES // largest))
     found: list[Inputs] = []
     for batch in batches:
         found.append(tuple(tensor[:left] for tensor in batch))
@@ -112,13 +118,15 @@ def _plain(
         floats[node] = rounded[node] = [value] * count
         return
     if node.op == "call_module":
-        quantizer = fake_quantizer(simulation.graph, node)
-        if quantizer is None:  # the check of shapes that torch.export puts in front
-            floats[node] = rounded[node] = [None] * count
-            return
-        source: Any = node.args[0]
-        floats[node] = list(floats[source])
-        rounded[node] = [quantizer(value) for value in rounded[source]]
+        module, source = simulation.graph.get_submodule(str(node.target)), cast("Node", node.args[0])
+        if isinstance(module, FakeQuantizer):
+            floats[node] = list(floats[source])
+            rounded[node] = [module(value) for value in rounded[source]]
+        elif isinstance(module, Gate):
+            floats[node] = [torch.nn.functional.hardswish(value) for value in floats[source]]
+            rounded[node] = [module(value) for value in rounded[source]]
+        else:  # the check of shapes that torch.export puts in front
+            assert not node.users, f"{node} is a module that the walk does not know"
         return
     for values in (floats, rounded):
         made = []
