@@ -18,7 +18,7 @@ import trainings
 from command_line import call
 from torch import Tensor, nn
 
-from edgekd import distillation, qad, quantize, target
+from edgekd import distillation, qad, quantize, target, training
 from edgekd.backends.onnxruntime import onnxruntime
 from edgekd.deploy import Calibration, Source, Workshop, deploy, reference
 from edgekd.distillation import Teacher
@@ -30,7 +30,7 @@ from edgekd.quantize.measured import Loss
 from edgekd.quantize.ranges import set_activations, set_weights
 from edgekd.quantize.simulation import Simulation
 from edgekd.quantize.student import Rounded
-from edgekd.recipe import Quantize, loss_term
+from edgekd.recipe import Quantize, load, loss_term
 from edgekd.store import Store
 from edgekd.types import (
     Arrays,
@@ -526,13 +526,25 @@ qad = "{qad}"
 def test_compress_says_in_the_report_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quantize, "holds", lambda meta: False)
-    notes = {}
-    for choice in ("auto", "off"):
-        (tmp_path / "edgekd.toml").write_text(RECIPE.format(qad=choice))
-        assert call("compress", "--quick", "--max-drop", "100%", "--target", "host") == 0
-        report = json.loads((tmp_path / "runs" / "small" / "report.json").read_text())
-        notes[choice] = [text for text in report["notes"] if "quantization-aware distillation" in text]
-    assert notes["off"] == []
-    (note,) = notes["auto"]
+    (tmp_path / "edgekd.toml").write_text(RECIPE.format(qad="auto"))
+    assert call("compress", "--quick", "--max-drop", "100%", "--target", "host") == 0
+    report = json.loads((tmp_path / "runs" / "small" / "report.json").read_text())
+    (note,) = (text for text in report["notes"] if "quantization-aware distillation" in text)
     assert note.startswith("host: student-int8: quantization-aware distillation (1 epochs, ")
     assert "qad_epochs = 1" in (tmp_path / "runs" / "small" / "recipe.toml").read_text()
+
+
+def test_the_recipe_says_whether_and_how_long(broken: Network, tmp_path: Path) -> None:
+    def wanted(text: str) -> qad.Recovery | None:
+        (tmp_path / "edgekd.toml").write_text(text)
+        recipe = load(tmp_path / "edgekd.toml")
+        subjects = (training.read(recipe.task, recipe.seed, "edgekd.toml"),)
+        school = training.School(recipe, subjects, Store(tmp_path, silent), tmp_path, None, silent)
+        return training.recovery(school, [source(broken, "t")])
+
+    assert wanted(RECIPE.format(qad="off")) is None
+    found = wanted(RECIPE.format(qad="auto") + "qad_epochs = 7\n")
+    assert found is not None
+    assert found.options.epochs == 7
+    assert [each.key for each in found.artifacts] == ["t"]
+    assert found.teachers[0].network is broken
