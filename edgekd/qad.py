@@ -39,7 +39,7 @@ from edgekd.types import (
 )
 
 VERSION = 1
-LEARNING_RATE = 0.1  # of AdamW at its peak, in steps of the grid of a weight (see `Rounded`); found by benchmarks/qad.py
+LEARNING_RATE = 0.1  # of AdamW at its peak, in steps of a weight's grid (`Rounded`); found by benchmarks/qad.py
 MAX_APART = 0.001  # of the metric, between the simulated network and its graph: a tenth of a point
 _WEIGHTS = "weights.safetensors"  # that training leaves; the simulation holds them too
 
