@@ -130,6 +130,18 @@ def test_trained_and_ptq(tmp_path: Path, few: Path) -> None:
     assert len(run("ptq.py", tmp_path, *more)[0]) == 2
 
 
+def test_qad(tmp_path: Path, few: Path) -> None:
+    options = ("--data", str(few), "--kinds", "rescaled", "--targets", "host", "--methods", "minmax")
+    rows, printed = run("qad.py", tmp_path, *options)
+    assert [row["settings"]["epochs"] for row in rows] == [0, 1]
+    for row in rows:
+        found = {name: each["value"] for name, each in row["accuracy"].items()}
+        assert abs(found["graph"] - found["simulated"]) <= 1 / row["accuracy"]["float"]["n"]
+    assert rows[1]["after"]["divergence"] < rows[1]["before"]["divergence"]
+    assert "| rescaled | host | minmax + distilled | 1 |" in printed
+    assert run("qad.py", tmp_path, *options)[0] == rows
+
+
 def test_ptq_table(tmp_path: Path) -> None:
     def variant(drop: float) -> dict[str, Any]:
         interval = {"value": drop, "low": drop - 0.01, "high": drop + 0.01, "n": 100}

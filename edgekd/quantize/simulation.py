@@ -231,21 +231,25 @@ class Simulation:
     def simulated_bias(self, layer: Layer) -> nn.Parameter | None:
         """The bias as the graph will have it: where the rules make it an integer, on the grid of the layer's sums.
 
-        b ≈ round(b / (x_scale · weight_scale)) · x_scale · weight_scale (Jacob et al., CVPR 2018, eq. 11). One that is
-        being trained is left as it is.
+        b ≈ round(b / (x_scale · weight_scale)) · x_scale · weight_scale (Jacob et al., CVPR 2018, eq. 11).
         """
         path = self.bias_path(layer)
         if path is None:
             return None
-        bias = self._adjusted.get(path, self._floats[path])
+        bias, step = self._adjusted.get(path, self._floats[path]), self.bias_step(layer)
+        if step is None:
+            return bias
+        return nn.Parameter((torch.round(bias.double() / step) * step).float(), requires_grad=False)
+
+    def bias_step(self, layer: Layer) -> Tensor | None:
+        """The grid of a bias (float64, one for each channel or for all); None: it is no integer."""
         data: Any = layer.node.args[0]
         given = fake_quantizer(self.graph, data)
-        if not self.rules.quantize_bias or bias.requires_grad or layer.site is None or given is None:
-            return bias
+        if not self.rules.quantize_bias or layer.site is None or given is None:
+            return None
         if given.range is None or layer.site.quantizer.range is None or (layer.linear and rank(layer.node) > 2):
-            return bias
-        step = (given.scale * layer.site.quantizer.scale).double()
-        return nn.Parameter((torch.round(bias.double() / step) * step).float(), requires_grad=False)
+            return None
+        return (given.scale * layer.site.quantizer.scale).double()
 
     def float_bias(self, layer: Layer) -> Tensor | None:
         """The bias of the float network; None: the layer has none."""

@@ -65,9 +65,9 @@ class Rounded(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Logits of what the simulation's graph takes."""
-        weights = {path: self._value(name) for name, (_, _, path) in self._layers.items()}
-        with torch.autocast(inputs[0].device.type, enabled=False), self.simulation.simulating(), self._learning():
-            logits: Tensor = functional_call(self.simulation.graph, weights, inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False), self._learning(), self.simulation.simulating():
+            values = {path: self._placed(name) for name, (_, _, path) in self._layers.items()}
+            logits: Tensor = functional_call(self.simulation.graph, values, inputs)
         return logits
 
     def write_back(self) -> None:
@@ -89,14 +89,27 @@ class Rounded(nn.Module):
 
     @contextlib.contextmanager
     def _learning(self) -> Iterator[None]:
-        """Within, activations are rounded to the ranges that this module has."""
+        """Within, activations have the ranges that this module has."""
+        before = [(quantizer, quantizer.range) for quantizer, _ in self._ranges.values()]
         for name, (quantizer, ends) in self._ranges.items():
-            quantizer.learned = partial(_rounded, quantizer, ends, self.values[name])
+            quantizer.set_range(*_stretched(ends, self.values[name]))
+            quantizer.learned = partial(_rounded, quantizer, self.values[name])
         try:
             yield
         finally:
-            for quantizer, _ in self._ranges.values():
+            for quantizer, ends_before in before:
+                assert ends_before is not None
                 quantizer.learned = None
+                quantizer.set_range(*ends_before)
+
+    def _placed(self, name: str) -> Tensor:
+        """A weight as the graph is given it, which rounds it there; a bias is rounded here, to the layer's own grid."""
+        value, (layer, part, _) = self._value(name), self._layers[name]
+        step = self.simulation.bias_step(layer) if part == "bias" else None
+        if step is None:
+            return value
+        whole = value.detach()
+        return value + ((torch.round(whole.double() / step) * step).float() - whole)
 
     def _value(self, name: str) -> Tensor:
         """A weight or bias of the graph."""
@@ -133,11 +146,11 @@ def _stretched(ends: Range, value: Tensor) -> Range:
     return ends[0] * factor, ends[1] * factor
 
 
-def _rounded(quantizer: FakeQuantizer, ends: Range, value: Tensor, x: Tensor) -> Tensor:
-    scale, zero = quantizer.parameters_of(*_stretched(ends, value))
-    if not math.isfinite(float(scale)):
-        return x * float(scale)  # of a training that diverges, which its loss then says
-    result: Tensor = _Round.apply(x, value, float(scale), int(zero), quantizer.quant_min, quantizer.quant_max)
+def _rounded(quantizer: FakeQuantizer, value: Tensor, x: Tensor) -> Tensor:
+    scale, zero = float(quantizer.scale), int(quantizer.zero_point)
+    if not math.isfinite(scale):
+        return x * scale  # of a training that diverges, which its loss then says
+    result: Tensor = _Round.apply(x, value, scale, zero, quantizer.quant_min, quantizer.quant_max)
     return result
 
 
