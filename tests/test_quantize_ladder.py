@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,21 @@ def loss_of(fixed: Fixed, labels: np.ndarray | None = None, of: Task | None = No
     rows = torch.arange(len(fixed.wanted)).split(2)  # type: ignore[no-untyped-call]
     batches = [((part,), None if labels is None else labels[part.numpy()]) for part in rows]
     return measure(fixed, batches, of)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("found", "sqnr_db"), [([[0.5, 0.1]], None), ([[math.inf, 0.1]], -1000.0), ([[math.nan, 0.1]], -1000.0)]
+)
+def test_figures_are_numbers_that_json_knows(found: list[list[float]], sqnr_db: float | None) -> None:
+    figures = loss_of(Fixed([[0.5, 0.1]], found), np.array([0]), task("classification")).to_json()
+    json.dumps(figures, allow_nan=False)
+    assert figures["sqnr_db"] == sqnr_db
+    kept: dict[str, Any] = {"methods": ["minmax"], "kept": True} | figures
+    assert ("no error" in told([kept])) == (sqnr_db is None)
+
+
+def test_no_signal_and_some_noise_is_no_perfect_match() -> None:
+    assert loss_of(Fixed([[0.0, 0.0]], [[0.1, 0.0]])).sqnr_db == -math.inf
 
 
 def test_figures_by_hand() -> None:

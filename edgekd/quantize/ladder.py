@@ -219,6 +219,7 @@ def told(attempts: Sequence[Mapping[str, Any]]) -> str:
         changed = "" if one["changed"] is None else f", {one['changed']:.1%} of decisions changed"
         drop = "" if one["drop"] is None else f", measured {one['drop']:.2%} ± {one['drop_error']:.2%}"
         kept = "kept: " if one["kept"] else ""
-        lines.append(f"{kept}{name}: expected drop {one['expected_drop']:.2%}{drop}{changed}, {one['sqnr_db']:.1f} dB")
+        noise = "no error" if one["sqnr_db"] is None else f"{one['sqnr_db']:.1f} dB"
+        lines.append(f"{kept}{name}: expected drop {one['expected_drop']:.2%}{drop}{changed}, {noise}")
     samples = next(one["samples"] for one in attempts if "samples" in one)
     return f"quantization tried on {samples} calibration samples held out: {'; '.join(lines)}"

@@ -37,10 +37,14 @@ class Loss:
         return self.drop is None or self.drop_error is None or self.drop - self.drop_error <= max_drop
 
     def to_json(self) -> dict[str, Json]:
-        """The figures, rounded for people."""
-        return {
-            key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(self).items()
-        }
+        """The figures, rounded for people; `sqnr_db` is None where there is no error at all."""
+        rounded = {key: finite(value) if isinstance(value, float) else value for key, value in asdict(self).items()}
+        return rounded | ({"sqnr_db": None} if self.sqnr_db == math.inf else {})
+
+
+def finite(value: float) -> float:
+    """Four digits, and a number that JSON knows: outputs that are not finite have a worst value instead."""
+    return float(f"{min(max(value, -1e3), 1e3):.4g}") if not math.isnan(value) else 1e3
 
 
 @dataclass
@@ -127,9 +131,12 @@ def _loss(sums: _Sums, task: Task | None) -> Loss:
     if sums.moments is not None:
         total, squares, errors = sums.moments / count
         divergence = expected = float((errors / (squares - total.square()).clamp(min=1e-12)).mean())
-    sqnr = 10 * math.log10(sums.signal / sums.noise) if sums.noise > 0 and sums.signal > 0 else math.inf
     if not math.isfinite(sums.noise):
         divergence, expected, sqnr = math.inf, math.inf, -math.inf
+    elif sums.noise > 0:
+        sqnr = 10 * math.log10(sums.signal / sums.noise) if sums.signal > 0 else -math.inf
+    else:
+        sqnr = math.inf
     drop = error = None
     if sums.drops:
         drops = np.concatenate(sums.drops)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from edgekd.quantize.measured import Loss, compare
+from edgekd.quantize.measured import Loss, compare, finite
 from edgekd.quantize.quantizer import layer_name
 from edgekd.quantize.simulation import Inputs, Layer, Simulation, Site, Snapshot
 from edgekd.types import Interval, LayerSensitivity, Say, Task
@@ -177,20 +177,15 @@ def _row(place: Place, loss: Loss, total: int) -> LayerSensitivity:
     return LayerSensitivity(
         layer=place.name,
         kind=place.kind,
-        sqnr_db=_finite(loss.sqnr_db) if loss.sqnr_db != math.inf else None,
-        divergence=_finite(loss.divergence),
-        changed=None if loss.changed is None else _finite(loss.changed),
-        expected_drop=_finite(loss.expected_drop),
+        sqnr_db=finite(loss.sqnr_db) if loss.sqnr_db != math.inf else None,
+        divergence=finite(loss.divergence),
+        changed=None if loss.changed is None else finite(loss.changed),
+        expected_drop=finite(loss.expected_drop),
         drop=interval(loss),
         rest=None,
-        macs=_finite(place.macs / total if total else 0.0),
+        macs=finite(place.macs / total if total else 0.0),
         parameters=place.parameters,
     )
-
-
-def _finite(value: float) -> float:
-    """Four digits, and a number that JSON knows: outputs that are not finite have a worst value instead."""
-    return float(f"{min(max(value, -1e3), 1e3):.4g}") if not math.isnan(value) else 1e3
 
 
 def _block(path: str, parts: Sequence[Place]) -> Place:
