@@ -6,6 +6,10 @@ import numpy as np
 import onnx_ir as ir
 
 UNIT = np.float32(1 / 255)  # a uint8 of this scale and zero point 0 spans [0, 1] and clips outside
+# An x of zero, which many are, gives 127.5 steps: a tie, which the kernels of one runtime break differently, whichever
+# way their last digits fall. With so little more all of them round up. (Measured: MobileNetV3-small on ONNX Runtime
+# 1.32, fused or not: 3 % of the gates differed, and 19 of 512 decisions; 2 with it.)
+OFF_THE_TIE = 1 + 2.0**-16
 
 
 def integer_clips(graph: ir.Graph) -> None:
@@ -53,7 +57,7 @@ def _line(node: ir.Node, dq: ir.Node, alpha: float, beta: float, graph: ir.Graph
     less = _constant(node, "scale", np.array(_value(dq.inputs[1]) * alpha, dtype=np.float32))
     scaled = _before(node, graph, "DequantizeLinear", [dq.inputs[0], less, dq.inputs[2]], "scaled")
     level = _constant(node, "level", np.array(255, dtype=np.uint8))
-    step = _constant(node, "step", np.array(beta / 255, dtype=np.float32))
+    step = _constant(node, "step", np.array(beta * OFF_THE_TIE / 255, dtype=np.float32))
     none = _constant(node, "none", np.array(0, dtype=np.uint8))
     offset = _before(node, graph, "DequantizeLinear", [level, step, none], "offset")
     return _before(node, graph, "Add", [scaled.outputs[0], offset.outputs[0]], "line")
