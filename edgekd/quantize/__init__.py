@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SECONDS", "VERSION", "holds", "quantize", "told", "write"]
 
-VERSION = 3
+VERSION = 4
 MAX_DROP = 0.005  # half a point
 
 

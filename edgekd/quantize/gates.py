@@ -27,11 +27,15 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.given.state != "simulate":
-            return nn.functional.hardswish(x) if self.swish else nn.functional.hardsigmoid(x)
+            return self.plain(x)
         line = x / 6 + 0.5 * OFF_THE_TIE
-        return (
-            x * torch.fake_quantize_per_tensor_affine(line, float(UNIT), 0, 0, 255) if self.swish else line.clamp(0, 1)
-        )
+        if not self.swish:
+            return line.clamp(0, 1)
+        return x * torch.fake_quantize_per_tensor_affine(line, float(UNIT), 0, 0, 255)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """As the float network has it."""
+        return nn.functional.hardswish(x) if self.swish else nn.functional.hardsigmoid(x)
 
 
 def put_gates(graph: GraphModule) -> None:

@@ -123,7 +123,7 @@ def _plain(
             floats[node] = list(floats[source])
             rounded[node] = [module(value) for value in rounded[source]]
         elif isinstance(module, Gate):
-            floats[node] = [torch.nn.functional.hardswish(value) for value in floats[source]]
+            floats[node] = [module.plain(value) for value in floats[source]]
             rounded[node] = [module(value) for value in rounded[source]]
         else:  # the check of shapes that torch.export puts in front
             assert not node.users, f"{node} is a module that the walk does not know"
