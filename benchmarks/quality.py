@@ -52,6 +52,7 @@ METHODS = {
     "none": Method((), note="cross-entropy on the labels, fresh augmentation in every epoch"),
     "kd": Method(KD),
     "kd, few views": Method(KD, features=True, note="plain kd on as few views as the feature losses get"),
+    "kd, T = 1": Method([{"name": "ce"}, {"name": "kd", "temperature": 1.0}], note="srd's companions, without it"),
     "kd, no labels": Method([{"name": "kd", "temperature": 4.0}]),
     "kd standardize": Method(
         [{"name": "kd", "weight": 9.0, "temperature": 2.0, "standardize": True}, {"name": "ce", "weight": 0.1}]

@@ -56,6 +56,7 @@ METHODS = {
     "none": Method([], 0.2),
     "kd": Method(KD, 0.2),
     "kd + auto": Method([*KD, {"name": "auto", "weight": 1.0}], 0.2),
+    "kd, T = 1, + auto": Method([{"name": "kd", "temperature": 1.0}, CE, {"name": "auto", "weight": 2.0}], 0.2),
 }
 
 
