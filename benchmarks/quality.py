@@ -64,6 +64,7 @@ METHODS = {
     "dkd": Method([{"name": "ce"}, {"name": "dkd", "temperature": 4.0, "alpha": 1.0, "beta": 2.0}]),
     "srd": Method([{"name": "ce"}, {"name": "kd", "temperature": 1.0}, {"name": "srd", "weight": 2.0}], features=True),
     "kd + srd": Method([*KD, {"name": "srd", "weight": 1.0}], features=True),
+    "kd + 4 srd": Method([*KD, {"name": "srd", "weight": 4.0}], features=True),
     "kd + review": Method([*KD, {"name": "review", "weight": 1.0}], features=True),
     "kd + cosine": Method([*KD, {"name": "cosine", "weight": 1.0}], features=True),
     "kd + attention": Method([*KD, {"name": "attention", "weight": 4.0}], features=True),
