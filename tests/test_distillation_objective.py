@@ -330,6 +330,28 @@ def test_auto_stands_for_the_losses_that_match_chooses() -> None:
     assert list(found.objective.parameters())
 
 
+class Opaque(nn.Module):
+    """A network in whose inside there is nothing to tap: one function of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(10, 64))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.flatten(1).float() @ self.weight.T
+
+
+def test_auto_leaves_networks_whose_layers_do_not_correspond_to_the_other_losses() -> None:
+    teacher, student = Opaque(), Opaque()
+    found = build(teacher, student, [LossTerm(Part("kd")), LossTerm(Part("auto"))], task(), 10, lambda: torch.rand(8, 1, 8, 8))
+    assert [term.part.name for term in found.terms] == ["kd"]
+    (note,) = found.notes
+    assert note.startswith("outputs alone are compared, no layers: no place of the student corresponds")
+    assert found.pairs() == {"family": None, "pairs": [], "notes": [note]}
+    with pytest.raises(ModelError, match="no place of the student corresponds"):
+        build(teacher, student, [LossTerm(Part("auto"))], task(), 10, lambda: torch.rand(8, 1, 8, 8))
+
+
 def test_a_loss_of_ones_own_goes_through_the_same_door() -> None:
     def distance(student_feature: Tensor, teacher_feature: Tensor, *, power: float = 2.0) -> Tensor:
         student, teacher = (each.float().mean(2) for each in (student_feature, teacher_feature.detach()))

@@ -15,8 +15,8 @@ Relation: TypeAlias = Literal["pruned", "same", "dense", "cnn-vit", "transformer
 
 # Loss and weight by relation of the networks and role of the pair. Weight 0: the pair is told, and not used. Early
 # layers of unlike families do not compare (Hao et al., NeurIPS 2023), so that only a loss without a projector is named
-# for them; a linear projector and srd hold up best among convolutional networks (Miles, Mikolajczyk, AAAI 2024: of
-# weight 2, here 1 for each of two places), relations in the last layer among transformers (Wang et al., ACL 2021).
+# for them; a linear projector and srd of weight 2 hold up best among convolutional networks (Miles, Mikolajczyk, AAAI
+# 2024), relations in the last layer among transformers (Wang et al., ACL 2021).
 DEFAULTS: Mapping[Relation, Mapping[Role, tuple[str, float]]] = {
     "pruned": {
         "earlier": ("hint", 0.0),
@@ -24,9 +24,9 @@ DEFAULTS: Mapping[Relation, Mapping[Role, tuple[str, float]]] = {
         "penultimate": ("hint", 1.0),
         "relations": ("minilm", 0.0),
     },
-    "same": {"earlier": ("review", 0.0), "last": ("srd", 1.0), "penultimate": ("srd", 1.0)},
+    "same": {"earlier": ("review", 0.0), "last": ("srd", 2.0), "penultimate": ("srd", 2.0)},
     "dense": {"earlier": ("cosine", 1.0), "last": ("cosine", 1.0), "penultimate": ("cosine", 0.0)},
-    "cnn-vit": {"earlier": ("similarity", 0.0), "last": ("srd", 1.0), "penultimate": ("srd", 1.0)},
+    "cnn-vit": {"earlier": ("similarity", 0.0), "last": ("srd", 2.0), "penultimate": ("srd", 2.0)},
     "transformer": {
         "relations": ("minilm", 1.0),
         "earlier": ("hidden", 0.0),
