@@ -52,6 +52,7 @@ METHODS = {
     "none": Method((), note="cross-entropy on the labels, fresh augmentation in every epoch"),
     "kd": Method(KD),
     "kd, few views": Method(KD, features=True, note="plain kd on as few views as the feature losses get"),
+    "kd, T = 1": Method([{"name": "ce"}, {"name": "kd", "temperature": 1.0}], note="srd's companions, without it"),
     "kd, no labels": Method([{"name": "kd", "temperature": 4.0}]),
     "kd standardize": Method(
         [{"name": "kd", "weight": 9.0, "temperature": 2.0, "standardize": True}, {"name": "ce", "weight": 0.1}]
@@ -63,6 +64,7 @@ METHODS = {
     "dkd": Method([{"name": "ce"}, {"name": "dkd", "temperature": 4.0, "alpha": 1.0, "beta": 2.0}]),
     "srd": Method([{"name": "ce"}, {"name": "kd", "temperature": 1.0}, {"name": "srd", "weight": 2.0}], features=True),
     "kd + srd": Method([*KD, {"name": "srd", "weight": 1.0}], features=True),
+    "kd + 4 srd": Method([*KD, {"name": "srd", "weight": 4.0}], features=True),
     "kd + review": Method([*KD, {"name": "review", "weight": 1.0}], features=True),
     "kd + cosine": Method([*KD, {"name": "cosine", "weight": 1.0}], features=True),
     "kd + attention": Method([*KD, {"name": "attention", "weight": 4.0}], features=True),

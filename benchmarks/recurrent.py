@@ -34,6 +34,7 @@ KD: list[dict[str, Any]] = [{"name": "kd", "weight": 0.9, "temperature": 2.0}, C
 METHODS = {
     "none": Method([CE], 0.005),
     "kd": Method(KD, 0.005),
+    "kd, T = 1": Method([{"name": "kd", "temperature": 1.0}, CE], 0.005),
     "kd + auto": Method([*KD, {"name": "auto", "weight": 1.0}], 0.005),
 }
 

@@ -65,6 +65,7 @@ class Method:
 METHODS = {
     "none": Method([CE], 0.005),
     "kd": Method([{"name": "kd", "weight": 0.9, "temperature": 2.0}, CE | {"weight": 0.1}], 0.005),
+    "kd, T = 1": Method([{"name": "kd", "temperature": 1.0}, CE], 0.005),
 }
 
 

@@ -52,10 +52,13 @@ AUGMENT = Augment(crop_pixels=4, flip=True)
 EPOCHS, VIEWS = 8, 4  # of the student; the answers about later epochs' images are the first ones' again
 KD: list[dict[str, Any]] = [{"name": "kd", "weight": 0.9, "temperature": 4.0}, CE | {"weight": 0.1}]
 TEACHER_LOSSES = KD
+HEADS_IN = ["linear:in", "head:in"]  # the inputs of both classifiers
 METHODS = {
     "none": Method([], 0.2),
     "kd": Method(KD, 0.2),
     "kd + auto": Method([*KD, {"name": "auto", "weight": 1.0}], 0.2),
+    "kd + srd before the head": Method([*KD, {"name": "srd", "weight": 1.0, "pairs": [HEADS_IN]}], 0.2),
+    "kd, T = 1, + auto": Method([{"name": "kd", "temperature": 1.0}, CE, {"name": "auto", "weight": 2.0}], 0.2),
 }
 
 
@@ -70,6 +73,7 @@ def main() -> None:
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_OPTIONS.epochs)
     parser.add_argument("--teacher-views", type=int, default=TEACHER_OPTIONS.views)
     parser.add_argument("--learning-rates", nargs="+", type=float, help="to try, instead of each method's own")
+    parser.add_argument("--width", type=int, default=STUDENT.options["width"], help="of the student")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS / "vit.jsonl")
     parser.add_argument("--store", type=Path, default=STORE)
@@ -148,19 +152,20 @@ class Bench:
     def run(self, method: str, rate: float, seed: int) -> None:
         """Train and judge one student, unless the same is there."""
         asked, losses = self.asked, METHODS[method].losses
+        student = replace(STUDENT, options={"width": asked.width})
         options = replace(
             OPTIONS, epochs=asked.epochs, learning_rate=rate, threads=asked.threads, views=asked.views if losses else 0
         )
         # Without a teacher every epoch has views of its own; with one, all seeds share what it said.
         augment = replace(AUGMENT, seed=0 if losses else seed)
         settings = {
-            "role": "student", "method": method, "losses": list(losses), "model": asdict(STUDENT), "seed": seed,
+            "role": "student", "method": method, "losses": list(losses), "model": asdict(student), "seed": seed,
             "options": told(options), "teacher_epochs": asked.teacher_epochs, **self.shared, "augment": asdict(augment),
         }  # fmt: skip
         if self.ledger.find(settings) is not None:
             return
         torch.manual_seed(seed)
-        network = models.build(STUDENT, **self._form)
+        network = models.build(student, **self._form)
         work = asked.store / "vit" / f"student-{key(settings)}"
         if losses:
             terms, teacher = [loss_term(each, method) for each in losses], self.teacher
@@ -203,12 +208,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         settings = row["settings"]
         options, name = settings["options"], settings.get("method", "teacher")
-        group = name, options["epochs"], options["learning_rate"]
+        group = name, options["epochs"], options["learning_rate"], f"{row['parameters']:,}"
         groups.setdefault(group, []).append(row)
     lines = ["| network | epochs | rate | parameters | accuracy | seeds | held out |", "|---" * 7 + "|"]
     for group, found in groups.items():
         figures = [spread([100 * row[name]["value"] for row in found]) for name in ("accuracy", "held_out")]
-        cells = *group, f"{found[0]['parameters']:,}", figures[0], len(found), figures[1]
+        cells = *group, figures[0], len(found), figures[1]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
