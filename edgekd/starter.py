@@ -67,7 +67,7 @@ weight_decay = 0.01
 [student]
 model = "{student}"
 
-# [[loss]]                  # left out: labels (ce), the teacher's outputs (kd), layers that correspond (auto)
+# [[loss]]                  # left out: the teacher's outputs (kd), the labels (ce), layers that correspond (auto)
 # name = "kd"               # docs/recipe.md#loss
 # temperature = 4.0
 
