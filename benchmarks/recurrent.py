@@ -1,6 +1,6 @@
 """LSTM → smaller LSTM on texts: what the outputs give a student, and what the layers that `match` pairs give it.
 
-    python benchmarks/recurrent.py [--tasks sst2 subj] [--methods none kd "kd + auto"] [--seeds 0 1 2]
+    python benchmarks/recurrent.py [--tasks sst2 subj] [--methods none kd "kd + cosine"] [--seeds 0 1 2]
     python benchmarks/recurrent.py --table
 
 The teachers are those of text.py (bidirectional; the tokenizer is shared, too). The student is an LSTM that reads
@@ -35,7 +35,7 @@ METHODS = {
     "none": Method([CE], 0.005),
     "kd": Method(KD, 0.005),
     "kd, T = 1": Method([{"name": "kd", "temperature": 1.0}, CE], 0.005),
-    "kd + auto": Method([*KD, {"name": "auto", "weight": 1.0}], 0.005),
+    "kd + cosine": Method([*KD, {"name": "cosine", "weight": 1.0}], 0.005),
 }
 
 

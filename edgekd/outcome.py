@@ -94,7 +94,7 @@ class Matched:
 
     head: str | None  # None: the student has but one
     family: str | None  # what the two networks are to each other, where the losses were left to `match`
-    pairs: tuple[LayerPair, ...]
+    pairs: tuple[LayerPair, ...]  # none: outputs alone are compared, and the notes say why
     notes: tuple[str, ...]  # what was left out, and why
 
 

@@ -303,14 +303,16 @@ def publish(
     if len(run.recipe.task.teachers) > 1:
         count = len(run.recipe.task.teachers)
         run.note(f"the student has {count} teachers; it is compared with the first of them")
-    for text in run.deadline.notes():
+    matched = training.matched(of, made_of)
+    for text in (*run.deadline.notes(), *(note for each in matched if not each.pairs for note in each.notes)):
         run.note(text)
     found = report.concluded(Report(
         schema=report.SCHEMA, name=run.recipe.name, teacher="teacher", variants=tuple(rows),
         chosen={name: chosen.get(name) for name in targets}, budget=run.recipe.budget,
         environment=conditions.environment(), recipe_sha256=hashlib.sha256(kept.encode()).hexdigest(),
         timings_s=run.timings_s, notes=tuple(run.notes), comparisons=tuple(comparisons), metric=run.task.metric,
-        training=training.told(of, made_of), correspondence=training.matched(of, made_of), search=search,
+        training=training.told(of, made_of), search=search,
+        correspondence=tuple(each for each in matched if each.pairs),
         command=command, pruning=told_of.trained.pruned.account if told_of.trained.pruned is not None else None,
         sensitivity=tuple(each.sensitivity for each in told_of.made if each.sensitivity is not None),
     ))  # fmt: skip

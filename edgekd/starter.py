@@ -67,13 +67,9 @@ weight_decay = 0.01
 [student]
 model = "{student}"
 
-[[loss]]                    # Hinton's distillation: the teacher's softened outputs, and a little of the labels
-name = "kd"
-weight = 0.9
-temperature = 4.0
-[[loss]]
-name = "ce"
-weight = 0.1
+# [[loss]]                  # left out: the teacher's outputs (kd), the labels (ce), layers that correspond (auto)
+# name = "kd"               # docs/recipe.md#loss
+# temperature = 4.0
 
 [distill]
 epochs = 30

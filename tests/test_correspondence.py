@@ -109,7 +109,7 @@ def test_vision_transformer_teaches_convolutions_and_the_reverse() -> None:
     found = match(vit, cnn, x)
     assert found.family == "cnn-vit"
     assert _paths(found, "last", "penultimate") == [("layer3", "blocks.5"), ("linear:in", "head:in")]
-    assert _used(found) == [("last", "srd"), ("penultimate", "srd")]
+    assert _used(found) == [("penultimate", "srd")]  # of unlike families the maps do not compare
     assert _monotone(found)
     (last,) = (pair for pair in found.pairs if pair.role == "last")
     assert (last.teacher.grid, last.teacher.prefix) == ((8, 8), 1)
@@ -165,12 +165,17 @@ def test_hugging_face_models() -> None:
 
 def test_recurrent_networks() -> None:
     teacher = Recurrent(nn.LSTM, 24, layers=2)
-    found = match(teacher, Recurrent(nn.LSTM, 16, batch_first=False), _ids())
+    student = Recurrent(nn.LSTM, 16, batch_first=False)
+    found = match(teacher, student, _ids())
     assert found.family == "recurrent"
     assert _paths(found) == [("rnn", "rnn"), ("head:in", "head:in")]
-    assert _used(found) == [("last", "cosine"), ("penultimate", "cosine")]
+    assert _used(found) == []  # they gain nothing from it, unless it is asked for
+    asked = match(teacher, student, _ids(), losses=["cosine"])
+    assert _used(asked) == [("last", "cosine"), ("penultimate", "cosine")]
     assert "teacher: rnn: of its 2 layers the last can be tapped" in found.notes
-    grus = match(Recurrent(nn.GRU, 24, frames=True), Recurrent(nn.GRU, 16, frames=True), _ids())
+    grus = match(
+        Recurrent(nn.GRU, 24, frames=True), Recurrent(nn.GRU, 16, frames=True), _ids(), losses=["cosine"]
+    )
     assert _used(grus) == [("last", "cosine")]  # what the head is given is the last stage
 
 
@@ -190,7 +195,7 @@ def test_stacked_recurrent_layers_are_blocks() -> None:
 
 def test_packed_sequences() -> None:
     mask = torch.arange(9) < torch.tensor([9, 4, 6, 2])[:, None]
-    found = match(Packed(24), Packed(16), {"ids": _ids(), "mask": mask})
+    found = match(Packed(24), Packed(16), {"ids": _ids(), "mask": mask}, losses=["cosine"])
     assert _used(found) == [("last", "cosine"), ("penultimate", "cosine")]
 
 

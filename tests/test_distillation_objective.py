@@ -330,6 +330,50 @@ def test_auto_stands_for_the_losses_that_match_chooses() -> None:
     assert list(found.objective.parameters())
 
 
+class Opaque(nn.Module):
+    """A network in whose inside there is nothing to tap: one function of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(10, 64))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.flatten(1).float() @ self.weight.T
+
+
+def test_auto_leaves_networks_whose_layers_do_not_correspond_to_the_other_losses() -> None:
+    teacher, student = Opaque(), Opaque()
+    found = build(teacher, student, [LossTerm(Part("kd")), LossTerm(Part("auto"))], task(), 10, lambda: torch.rand(8, 1, 8, 8))
+    assert [term.part.name for term in found.terms] == ["kd"]
+    (note,) = found.notes
+    assert note.startswith("outputs alone are compared, no layers: no place of the student corresponds")
+    assert found.pairs() == {"family": None, "pairs": [], "notes": [note]}
+    with pytest.raises(ModelError, match="no place of the student corresponds"):
+        build(teacher, student, [LossTerm(Part("auto"))], task(), 10, lambda: torch.rand(8, 1, 8, 8))
+
+
+class Reader(nn.Module):
+    """A small LSTM whose last state is classified."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(8, width, batch_first=True), nn.Linear(width, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.rnn(image.squeeze(1))[0][:, -1])
+        return logits
+
+
+def test_auto_compares_no_layers_where_none_is_by_default() -> None:
+    terms = [LossTerm(Part("kd")), LossTerm(Part("auto"))]
+    found = build(Reader(16), Reader(8), terms, task(), 10, lambda: torch.rand(8, 1, 8, 8))
+    assert [term.part.name for term in found.terms] == ["kd"]
+    assert found.correspondence is not None
+    assert found.pairs()["notes"][-1] == "outputs alone are compared: of recurrent networks no layers are, unless named"
+    with pytest.raises(ModelError, match="'auto' compares no layers of recurrent networks"):
+        build(Reader(16), Reader(8), terms[1:], task(), 10, lambda: torch.rand(8, 1, 8, 8))
+
+
 def test_a_loss_of_ones_own_goes_through_the_same_door() -> None:
     def distance(student_feature: Tensor, teacher_feature: Tensor, *, power: float = 2.0) -> Tensor:
         student, teacher = (each.float().mean(2) for each in (student_feature, teacher_feature.detach()))

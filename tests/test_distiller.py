@@ -107,7 +107,7 @@ def test_ones_own_loop_in_five_lines(losses: list[Any]) -> None:
 
 def test_its_parameters_are_those_of_the_projectors_alone() -> None:
     teacher, student = Plain(16), Plain(6)
-    plain = Distiller(teacher, student, torch.randn(8, 1, 8, 8))
+    plain = Distiller(teacher, student, torch.randn(8, 1, 8, 8), ["kd"])
     assert not list(plain.parameters())
     assert not plain.state_dict()
     assert plain.correspondence is None

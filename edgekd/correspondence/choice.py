@@ -13,10 +13,12 @@ from edgekd.types import Json
 
 Relation: TypeAlias = Literal["pruned", "same", "dense", "cnn-vit", "transformer", "recurrent", "mixed"]
 
-# Loss and weight by relation of the networks and role of the pair. Weight 0: the pair is told, and not used. Early
-# layers of unlike families do not compare (Hao et al., NeurIPS 2023), so that only a loss without a projector is named
-# for them; a linear projector and srd hold up best among convolutional networks (Miles, Mikolajczyk, AAAI 2024: of
-# weight 2, here 1 for each of two places), relations in the last layer among transformers (Wang et al., ACL 2021).
+# Loss and weight by relation of the networks and role of the pair, beside 0.9 × kd of T = 4 and 0.1 × cross-entropy.
+# Weight 0: the pair is told, and not used. A linear projector and srd hold up best among convolutional networks (Miles,
+# Mikolajczyk, AAAI 2024; benchmarks/quality.py), relations in the last layer among transformers (Wang et al., ACL
+# 2021). Unlike families do not compare before their heads (Hao et al., NeurIPS 2023): srd on the last maps of a ViT
+# costs its convolutional student what the outputs gave it (benchmarks/vit.py). LSTMs gain nothing from their layers
+# (benchmarks/recurrent.py).
 DEFAULTS: Mapping[Relation, Mapping[Role, tuple[str, float]]] = {
     "pruned": {
         "earlier": ("hint", 0.0),
@@ -24,16 +26,16 @@ DEFAULTS: Mapping[Relation, Mapping[Role, tuple[str, float]]] = {
         "penultimate": ("hint", 1.0),
         "relations": ("minilm", 0.0),
     },
-    "same": {"earlier": ("review", 0.0), "last": ("srd", 1.0), "penultimate": ("srd", 1.0)},
+    "same": {"earlier": ("review", 0.0), "last": ("srd", 4.0), "penultimate": ("srd", 4.0)},
     "dense": {"earlier": ("cosine", 1.0), "last": ("cosine", 1.0), "penultimate": ("cosine", 0.0)},
-    "cnn-vit": {"earlier": ("similarity", 0.0), "last": ("srd", 1.0), "penultimate": ("srd", 1.0)},
+    "cnn-vit": {"earlier": ("similarity", 0.0), "last": ("srd", 0.0), "penultimate": ("srd", 1.0)},
     "transformer": {
         "relations": ("minilm", 1.0),
         "earlier": ("hidden", 0.0),
         "last": ("hidden", 0.0),  # 1 where there are no relations
         "penultimate": ("cosine", 0.0),
     },
-    "recurrent": {"earlier": ("cosine", 0.0), "last": ("cosine", 1.0), "penultimate": ("cosine", 1.0)},
+    "recurrent": {"earlier": ("cosine", 0.0), "last": ("cosine", 0.0), "penultimate": ("cosine", 0.0)},
     "mixed": {"earlier": ("similarity", 0.0), "last": ("cosine", 1.0), "penultimate": ("cosine", 1.0)},
 }
 

@@ -176,7 +176,7 @@ def distill_tasks(
         losses[name] = [loss_table(term) for term in built.terms]
         if pairs := built.pairs():
             matched[name] = pairs
-        for text in built.correspondence.notes if built.correspondence is not None else ():
+        for text in built.notes:
             say("note", text=text)
         courses.append(Course(lesson.head, lesson.data, lesson.task, tuple(lesson.teachers), built.objective))
     meta = fit(Job("distill", student, tuple(courses), options, augment, seed, work, cache, say))

@@ -21,13 +21,13 @@ from edgekd.types import LossTerm, Outputs, Part, Task
 class Distiller(nn.Module):
     """Runs a student and its teacher on a batch and gives the loss that brings the one to the other.
 
-        distiller = edgekd.Distiller(teacher, student, images, losses=["kd", "srd"])
+        distiller = edgekd.Distiller(teacher, student, images)
         optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()])
         for images, labels in loader:
             loss = distiller(images, labels=labels)
             loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    `correspondence` is what `match` found, where a loss is "auto"; `logits` are the student's, of the last batch. The
+    `correspondence` is what `match` found, where a loss is "auto" (None where it found nothing); `logits` are the student's, of the last batch. The
     parameters are those of the projectors alone, which only training needs: the student is saved, exported and used as
     it is. The networks are watched through hooks on their modules; `close` (or `with`) takes them off.
 
@@ -36,7 +36,8 @@ class Distiller(nn.Module):
             (train or eval mode), the teacher is put into eval mode and gets no gradient. Several teachers are one by
             the mean of their probabilities; layers are compared with the first one's.
         probe: one batch as both take it (a tensor, or a tuple or dictionary of them), for a look at their layers.
-        losses: names of losses, or tables as a recipe has them: {"name": "kd", "weight": 0.9, "temperature": 2.0}.
+        losses: names of losses, or tables as a recipe has them: {"name": "kd", "weight": 0.9, "temperature": 2.0}; None:
+            the task's own.
         task: what the outputs are: "classification", "segmentation", "multilabel", "regression" or a Task.
 
     Raises:
@@ -49,7 +50,7 @@ class Distiller(nn.Module):
         teacher: nn.Module | Sequence[nn.Module],
         student: nn.Module,
         probe: Any,
-        losses: Sequence[str | Mapping[str, Any] | LossTerm] = ("kd",),
+        losses: Sequence[str | Mapping[str, Any] | LossTerm] | None = None,
         *,
         task: str | Task = "classification",
     ) -> None:
@@ -59,7 +60,8 @@ class Distiller(nn.Module):
         self._teachers = (teacher,) if isinstance(teacher, nn.Module) else tuple(teacher)
         self._student = (student,)
         first, classes = self._teachers[0], self._classes(probe)
-        terms = [loss_term(loss, f"losses[{at}]") for at, loss in enumerate(losses)]
+        given = self.task.losses if losses is None else losses
+        terms = [loss_term(loss, f"losses[{at}]") for at, loss in enumerate(given)]
         built = build(first, student, terms, self.task, classes, lambda: probe)
         self.objective, self.correspondence = built.objective, built.correspondence
         device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))

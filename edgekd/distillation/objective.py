@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax
 from edgekd import correspondence, plugins
 from edgekd.correspondence import FEATURES, Adapter, Correspondence, Pair
 from edgekd.correspondence.table import grouped, told
-from edgekd.errors import PartError, RecipeError, nearest
+from edgekd.errors import ModelError, PartError, RecipeError, nearest
 from edgekd.recipe import AUTO
 from edgekd.types import Json, LossTerm, Outputs, Part, Task
 
@@ -205,18 +205,22 @@ class Built:
     objective: Objective
     terms: tuple[LossTerm, ...]
     correspondence: Correspondence | None
+    notes: tuple[str, ...] = ()  # what was left out of the search for layers, and why
 
     def pairs(self) -> dict[str, Json]:
-        """For the report: the layers that are compared, and those that were found and are not; empty where none are."""
+        """For the report: the layers that are compared, and those that were found and are not; or why there are none.
+
+        Empty where no loss is one of layers.
+        """
         used = [pair for term in self.objective.terms for pair in term.pairs]
         found, known = self.correspondence, {pair.paths for pair in used}
-        others = [pair for pair in found.pairs if pair.paths not in known] if found is not None else []
-        if not used:
+        others = [pair for pair in found.pairs if pair.paths not in known] if found is not None and used else []
+        if not used and not self.notes:
             return {}
         return {
             "family": found.family if found is not None else None,
             "pairs": [told(pair) for pair in (*used, *others)],
-            "notes": list(found.notes) if found is not None else [],
+            "notes": list(self.notes),
         }
 
 
@@ -231,21 +235,24 @@ def build(
     """The losses of a recipe bound to their task and to the layers they compare, and how those were found.
 
     Args:
-        terms: "auto" among them stands for the losses that `match` chooses.
+        terms: "auto" among them stands for the losses that `match` chooses: none, with a note, where it finds no layers
+            that correspond and there are other losses.
         probe: gives some samples, for a look at both networks; not called where no loss compares features.
 
     Raises:
         RecipeError: no loss.
         PartError: a loss is unknown, does not take an option, or asks for what is not there.
+        ModelError: there is no loss but "auto", and no layers correspond.
     """
     if not terms:
         raise RecipeError("there is no loss to distil with", where="loss", fix='add [[loss]] with name = "kd"')
-    found: Correspondence | None = None
     spelt: list[LossTerm] = []
+    autos = [term for term in terms if term.part.name == AUTO]
+    found, notes = _matched(teacher, student, probe, alone=len(autos) == len(terms)) if autos else (None, ())
     for at, term in enumerate(terms):
         if term.part.name == AUTO:
-            found = correspondence.match(teacher, student, probe()) if found is None else found
-            spelt += [replace(each, weight=each.weight * term.weight) for each in found.terms()]
+            chosen = found.terms() if found is not None else ()
+            spelt += [replace(each, weight=each.weight * term.weight) for each in chosen]
             continue
         names = asks(plugins.bind("losses", term.part, where=f"loss[{at}]"), f"loss[{at}]")
         _check_layers(term.part.name, names, bool(term.pairs), f"loss[{at}]")
@@ -258,10 +265,28 @@ def build(
         # the options of a pair may follow from its layers: those that differ in them are terms of their own
         own = grouped((Part(term.part.name, pair.options), term.weight, pair.paths) for pair in on) or (term,)
         for each in own:
-            chosen = tuple(pair for pair in on if pair.options == each.part.options)
-            bound.append(Term(plugins.bind("losses", each.part), each.weight, chosen))
+            its = tuple(pair for pair in on if pair.options == each.part.options)
+            bound.append(Term(plugins.bind("losses", each.part), each.weight, its))
             explicit.append(each)
-    return Built(Objective(bound, task, classes), tuple(explicit), found)
+    return Built(Objective(bound, task, classes), tuple(explicit), found, notes)
+
+
+def _matched(
+    teacher: nn.Module, student: nn.Module, probe: Callable[[], Any], *, alone: bool
+) -> tuple[Correspondence | None, tuple[str, ...]]:
+    """What corresponds, and what has to be known of it."""
+    try:
+        found = correspondence.match(teacher, student, probe())
+    except ModelError as problem:
+        if alone:
+            raise
+        return None, (f"outputs alone are compared, no layers: {problem}",)
+    if found.terms():
+        return found, found.notes
+    if alone:
+        fix = "name a loss of the outputs beside it, or the layers: pairs = [[student path, teacher path], …]"
+        raise ModelError(f"'auto' compares no layers of {found.family} networks", where="loss", fix=fix)
+    return found, (*found.notes, f"outputs alone are compared: of {found.family} networks no layers are, unless named")
 
 
 def ensemble(answers: Sequence[tuple[float, Tensor]], temperature: float) -> Tensor:
