@@ -4,8 +4,8 @@
     python benchmarks/vit.py --table
 
 The student learns from the labels alone, from the teacher's logits too ("kd"), from the layers that `match` pairs and
-compares by itself as well ("kd + auto"), or from the last maps, too ("kd + srd"): same network, initial weights, batches
-and epochs, and the learning rate that was best on the held-out images (`--learning-rates` tries others).
+compares by itself as well ("kd + auto"), or from the last maps, too ("kd + srd"): same network, initial weights,
+batches and epochs, and the learning rate that was best on the held-out images (`--learning-rates` tries others).
 
 A transformer that learns from labels alone needs more images and epochs than two cores can give it; so its patches are
 made by small convolutions (Xiao et al. 2021), and it is itself taught by ResNet-56 (Touvron et al. 2021).

@@ -173,9 +173,7 @@ def test_recurrent_networks() -> None:
     asked = match(teacher, student, _ids(), losses=["cosine"])
     assert _used(asked) == [("last", "cosine"), ("penultimate", "cosine")]
     assert "teacher: rnn: of its 2 layers the last can be tapped" in found.notes
-    grus = match(
-        Recurrent(nn.GRU, 24, frames=True), Recurrent(nn.GRU, 16, frames=True), _ids(), losses=["cosine"]
-    )
+    grus = match(Recurrent(nn.GRU, 24, frames=True), Recurrent(nn.GRU, 16, frames=True), _ids(), losses=["cosine"])
     assert _used(grus) == [("last", "cosine")]  # what the head is given is the last stage
 
 

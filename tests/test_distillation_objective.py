@@ -343,7 +343,9 @@ class Opaque(nn.Module):
 
 def test_auto_leaves_networks_whose_layers_do_not_correspond_to_the_other_losses() -> None:
     teacher, student = Opaque(), Opaque()
-    found = build(teacher, student, [LossTerm(Part("kd")), LossTerm(Part("auto"))], task(), 10, lambda: torch.rand(8, 1, 8, 8))
+    found = build(
+        teacher, student, [LossTerm(Part("kd")), LossTerm(Part("auto"))], task(), 10, lambda: torch.rand(8, 1, 8, 8)
+    )
     assert [term.part.name for term in found.terms] == ["kd"]
     (note,) = found.notes
     assert note.startswith("outputs alone are compared, no layers: no place of the student corresponds")

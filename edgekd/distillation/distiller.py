@@ -27,17 +27,18 @@ class Distiller(nn.Module):
             loss = distiller(images, labels=labels)
             loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    `correspondence` is what `match` found, where a loss is "auto" (None where it found nothing); `logits` are the student's, of the last batch. The
-    parameters are those of the projectors alone, which only training needs: the student is saved, exported and used as
-    it is. The networks are watched through hooks on their modules; `close` (or `with`) takes them off.
+    `correspondence` is what `match` found, where a loss is "auto" (None where it found nothing); `logits` are the
+    student's, of the last batch. The parameters are those of the projectors alone, which only training needs: the
+    student is saved, exported and used as it is. The networks are watched through hooks on their modules; `close` (or
+    `with`) takes them off.
 
     Args:
         teacher, student: any modules that take the same batch and return logits; the student is trained as it is put
             (train or eval mode), the teacher is put into eval mode and gets no gradient. Several teachers are one by
             the mean of their probabilities; layers are compared with the first one's.
         probe: one batch as both take it (a tensor, or a tuple or dictionary of them), for a look at their layers.
-        losses: names of losses, or tables as a recipe has them: {"name": "kd", "weight": 0.9, "temperature": 2.0}; None:
-            the task's own.
+        losses: names of losses, or tables as a recipe has them: {"name": "kd", "weight": 0.9, "temperature": 2.0};
+            None: the task's own.
         task: what the outputs are: "classification", "segmentation", "multilabel", "regression" or a Task.
 
     Raises:
