@@ -78,8 +78,11 @@ def terms(trained: Artifact, task: Task) -> tuple[LossTerm, ...]:
     """
     meta: Any = trained.meta
     found = [loss_term(table, "loss") for table in meta.get("losses", {}).get("student", ())]
-    of_outputs = [term for term in found if term.part.name != AUTO and not of_features(_bound(term))]
-    return tuple(of_outputs) or tuple(term for term in task.losses if not of_features(_bound(term)))
+    return _of_outputs(found) or _of_outputs(task.losses)
+
+
+def _of_outputs(losses: Sequence[LossTerm]) -> tuple[LossTerm, ...]:
+    return tuple(term for term in losses if term.part.name != AUTO and not of_features(_bound(term)))
 
 
 def _bound(term: LossTerm) -> Callable[..., Any]:

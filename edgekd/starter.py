@@ -67,9 +67,15 @@ weight_decay = 0.01
 [student]
 model = "{student}"
 
-# [[loss]]                  # left out: the teacher's outputs (kd), the labels (ce), layers that correspond (auto)
-# name = "kd"               # docs/recipe.md#loss
-# temperature = 4.0
+[[loss]]                    # Hinton's distillation: the teacher's softened outputs, and a little of the labels
+name = "kd"
+weight = 0.9
+temperature = 4.0
+[[loss]]
+name = "ce"
+weight = 0.1
+# [[loss]]
+# name = "auto"             # layers that correspond, too: worth two points where there are samples and epochs enough
 
 [distill]
 epochs = 30

@@ -156,6 +156,23 @@ class Store:
 
             return made() if together else processes.once(made)
 
+    def alias(self, made: Artifact, version: int, options: Mapping[str, Any], parents: Sequence[Artifact]) -> None:
+        """Let other options find what was built already: those that say outright what was worked out while building.
+
+        Raises:
+            StoreError: the disk is full or read-only.
+        """
+        place = self._root / f"{made.step}-{key_of(made.step, version, options, [parent.key for parent in parents])}"
+        if not here().first or place.exists() or not made.path.is_dir():
+            return
+        try:
+            place.unlink(missing_ok=True)  # one whose artifact was removed
+            place.symlink_to(made.path.name)
+        except FileExistsError:
+            pass  # another run was faster
+        except OSError as problem:
+            raise disk_error(problem, self._root) from problem
+
     @contextlib.contextmanager
     def _held(self, step: str, key: str) -> Iterator[None]:
         """No other run builds this artifact meanwhile."""
@@ -227,7 +244,8 @@ class Store:
             return Artifact(manifest["step"], manifest["key"], final, manifest["meta"], tuple(manifest["parents"]))
         self._say("corrupt", path=final.name, reason=reason)
         try:
-            shutil.rmtree(final)
+            shutil.rmtree(final.resolve())
+            final.unlink(missing_ok=True)  # an alias
         except OSError as problem:
             raise disk_error(problem, final) from problem
         return None

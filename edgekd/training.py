@@ -126,7 +126,7 @@ def told(school: School, trained: Source) -> Training | None:
     teachers = meta.get("teachers", ())  # none, where no loss asks what a teacher says
     names = [tuple(each.model.name for each in specs) if teachers else () for specs in chain]
     asked, recalled = (sum(each.get(key, 0) for each in teachers) for key in ("asked", "recalled"))
-    (losses,) = _losses(trained).values()
+    (losses,) = _losses(trained.weights).values()
     return Training(
         teachers=names[0], assistants=names[1], losses=losses, epochs=meta["epochs"], seconds=meta["train_s"],
         precision=meta["precision"], recalled=recalled / asked if asked else None,
@@ -144,7 +144,7 @@ def matched(school: School, trained: Source) -> tuple[Matched, ...]:
 
 def resolved(school: School, trained: Source) -> Recipe:
     """The recipe with the losses and pairs of layers that its student was trained by."""
-    found = _losses(trained)
+    found = _losses(trained.weights)
     tasks = tuple(
         replace(spec, losses=found.get(spec.head or "student") or spec.losses) for spec in school.recipe.tasks
     )
@@ -155,9 +155,9 @@ def _meta(trained: Source) -> dict[str, Any]:
     return dict(trained.weights.meta)
 
 
-def _losses(trained: Source) -> dict[str, tuple[LossTerm, ...]]:
+def _losses(trained: Artifact) -> dict[str, tuple[LossTerm, ...]]:
     """By head, "student" where it has but one."""
-    tables = _meta(trained).get("losses", {})
+    tables: Mapping[str, Any] = trained.meta.get("losses", {})  # type: ignore[assignment]
     return {head: tuple(loss_term(table, "loss") for table in found) for head, found in tables.items()}
 
 
@@ -227,19 +227,27 @@ def distilled(
             seed=recipe.seed, work=work, cache=school.answers, say=school.say,
         )  # fmt: skip
 
-    facts = [
-        {
-            "head": subject.spec.head, "task": _options("tasks", subject.spec.task),
-            "weights": _weights(subject, sources), "losses": [loss_table(term) for term in subject.terms],
-        }
-        for subject, sources in zip(subjects, taught_by, strict=True)
-    ]  # fmt: skip
-    identity = _identity(school, subjects, spec) | {
-        "tasks": facts, "distill": _effective(asdict(options)), "augment": asdict(recipe.augment), "seed": recipe.seed,
-    }  # fmt: skip
+    def identity(losses: Sequence[Sequence[LossTerm]]) -> dict[str, Json]:
+        facts: list[Json] = [
+            {
+                "head": subject.spec.head, "task": _options("tasks", subject.spec.task),
+                "weights": list[Json](_weights(subject, sources)), "losses": [loss_table(term) for term in terms],
+            }
+            for subject, sources, terms in zip(subjects, taught_by, losses, strict=True)
+        ]  # fmt: skip
+        return _identity(school, subjects, spec) | {
+            "tasks": facts, "distill": _effective(asdict(options)), "augment": asdict(recipe.augment),
+            "seed": recipe.seed,
+        }  # fmt: skip
+
     parents = [source.weights for sources in taught_by for source in sources]
     parents += [] if start is None else [start.weights]
-    made = school.store.step("student", distillation.VERSION, identity, parents, build, together=True)
+    asked = identity([subject.terms for subject in subjects])
+    made = school.store.step("student", distillation.VERSION, asked, parents, build, together=True)
+    # The recipe that a run leaves behind names the layers that were found: it finds the same student.
+    named = _losses(made)
+    resolved = identity([named[subject.spec.head or "student"] for subject in subjects])
+    school.store.alias(made, distillation.VERSION, resolved, parents)
     built = _student(school, replace(spec, weights=None)) if start is None else begun()
     weights.load(made.path / WEIGHTS, built.module)
     return Source(built.eval(), made)

@@ -371,7 +371,8 @@ def test_auto_compares_no_layers_where_none_is_by_default() -> None:
     found = build(Reader(16), Reader(8), terms, task(), 10, lambda: torch.rand(8, 1, 8, 8))
     assert [term.part.name for term in found.terms] == ["kd"]
     assert found.correspondence is not None
-    assert found.pairs()["notes"][-1] == "outputs alone are compared: of recurrent networks no layers are, unless named"
+    assert found.notes[-1] == "outputs alone are compared: of recurrent networks no layers are, unless named"
+    assert found.pairs() == {"family": "recurrent", "pairs": [], "notes": list(found.notes)}
     with pytest.raises(ModelError, match="'auto' compares no layers of recurrent networks"):
         build(Reader(16), Reader(8), terms[1:], task(), 10, lambda: torch.rand(8, 1, 8, 8))
 

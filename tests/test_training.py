@@ -168,7 +168,11 @@ def test_a_chain_is_trained_link_by_link_and_never_twice(tmp_path: Path) -> None
     found = read(CHAIN, tmp_path)
     _, ((teacher,),), student, told = run(found, tmp_path / "store")
     assert built(told) == ["teacher", "student", "student"]
-    assistant = next(path for path in (tmp_path / "store").glob("student-*") if path != student.weights.path)
+    assistant = next(
+        path
+        for path in (tmp_path / "store").glob("student-*")
+        if path != student.weights.path and not path.is_symlink()
+    )
     assert student.weights.parents == (assistant.name.removeprefix("student-"),)
     manifest = json.loads((assistant / "artifact.json").read_text())
     assert manifest["parents"] == [teacher.weights.key]
@@ -228,6 +232,15 @@ def test_auto_is_resolved_to_what_it_chose(tmp_path: Path) -> None:
     assert losses[0].part.name == "kd"
     assert all(term.part.name != "auto" and term.pairs for term in losses[1:])
     assert len(losses) > 1
+
+    written, before = read(training.resolved(school, student).to_toml(tmp_path), tmp_path), state(student)
+    _, _, again, told = run(written, tmp_path / "store")
+    assert built(told) == []  # the recipe that was left behind finds the same student
+    assert again.weights.key == student.weights.key
+    (tmp_path / "store" / f"student-{student.weights.key}" / training.WEIGHTS).write_bytes(b"broken")
+    _, _, mended, told = run(written, tmp_path / "store")
+    assert built(told) == ["student"]
+    assert state(mended) == before
 
 
 # ---------------------------------------------------------------- keys
@@ -295,13 +308,13 @@ def test_each_head_has_its_data_its_teachers_and_its_losses(tmp_path: Path) -> N
     assert [len(each) for each in teachers] == [1, 2]
     assert student.weights.parents == tuple(source.weights.key for each in teachers for source in each)
     losses = meta(student)["losses"]
-    assert [term["name"] for term in losses["digit"]] == ["kd", "ce", "srd"]  # the task's own
+    assert [term["name"] for term in losses["digit"]] == ["kd", "ce"]  # the task's own
     assert [(term["name"], term["temperature"]) for term in losses["odd"]] == [("kd", 2.0)]
     for subject, classes in zip(school.subjects, (10, 2), strict=True):
         outputs = evaluate(student.network, subject.data.test, head=subject.spec.head)
         assert outputs.shape == (len(subject.data.test), classes)
     resolved = training.resolved(school, student)
-    assert [[term.part.name for term in task.losses or ()] for task in resolved.tasks] == [["kd", "ce", "srd"], ["kd"]]
+    assert [[term.part.name for term in task.losses or ()] for task in resolved.tasks] == [["kd", "ce"], ["kd"]]
     assert resolved.tasks[1].head == "odd"
     # the weight of one teacher of one task is part of what the student is
     first, second = found.tasks

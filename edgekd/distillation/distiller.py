@@ -21,7 +21,7 @@ from edgekd.types import LossTerm, Outputs, Part, Task
 class Distiller(nn.Module):
     """Runs a student and its teacher on a batch and gives the loss that brings the one to the other.
 
-        distiller = edgekd.Distiller(teacher, student, images)
+        distiller = edgekd.Distiller(teacher, student, images, losses=["kd", "ce", "auto"])
         optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()])
         for images, labels in loader:
             loss = distiller(images, labels=labels)

@@ -8,13 +8,10 @@ import numpy as np
 
 from edgekd.errors import DataError
 from edgekd.tasks import ON_LABELS, ON_TEACHER, macro_f1, refuse, seen
-from edgekd.types import Dataset, LossTerm, Part, Task
+from edgekd.types import Dataset, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# Beside what the outputs teach, the layers that `match` pairs: the table of benchmarks/quality.py is led by them.
-_ON_TEACHER = (*ON_TEACHER, LossTerm(Part("auto")))
 
 
 def classification() -> Task:
@@ -25,7 +22,7 @@ def classification() -> Task:
     """
     return Task(
         name="classification", metric="accuracy", rows=_rows, scores=_scores, decisions=_decisions, metrics=_metrics,
-        check=_check, label_loss=ON_LABELS, losses=_ON_TEACHER,
+        check=_check, label_loss=ON_LABELS, losses=ON_TEACHER,
     )  # fmt: skip
 
 
