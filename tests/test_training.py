@@ -168,11 +168,8 @@ def test_a_chain_is_trained_link_by_link_and_never_twice(tmp_path: Path) -> None
     found = read(CHAIN, tmp_path)
     _, ((teacher,),), student, told = run(found, tmp_path / "store")
     assert built(told) == ["teacher", "student", "student"]
-    assistant = next(
-        path
-        for path in (tmp_path / "store").glob("student-*")
-        if path != student.weights.path and not path.is_symlink()
-    )
+    folders = (path for path in (tmp_path / "store").glob("student-*") if not path.is_symlink())
+    (assistant,) = (path for path in folders if path != student.weights.path)
     assert student.weights.parents == (assistant.name.removeprefix("student-"),)
     manifest = json.loads((assistant / "artifact.json").read_text())
     assert manifest["parents"] == [teacher.weights.key]
