@@ -75,7 +75,7 @@ temperature = 4.0
 name = "ce"
 weight = 0.1
 # [[loss]]
-# name = "auto"             # layers that correspond, too: worth two points where there are samples and epochs enough
+# name = "auto"             # layers that correspond, too; on few samples they may cost more than they give
 
 [distill]
 epochs = 30

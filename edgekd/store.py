@@ -163,7 +163,7 @@ class Store:
             StoreError: the disk is full or read-only.
         """
         place = self._root / f"{made.step}-{key_of(made.step, version, options, [parent.key for parent in parents])}"
-        if not here().first or place.exists() or not made.path.is_dir():
+        if not here().first or place.exists():
             return
         try:
             place.unlink(missing_ok=True)  # one whose artifact was removed
@@ -229,6 +229,8 @@ class Store:
     def _read(self, final: Path) -> Artifact | None:
         """The finished artifact; a corrupt one is removed, so that it is built again."""
         if not final.is_dir():
+            if final.is_symlink():  # an alias whose artifact was removed
+                final.unlink()
             return None
         reason = ""
         try:

@@ -157,7 +157,8 @@ def _meta(trained: Source) -> dict[str, Any]:
 
 def _losses(trained: Artifact) -> dict[str, tuple[LossTerm, ...]]:
     """By head, "student" where it has but one."""
-    tables: Mapping[str, Any] = trained.meta.get("losses", {})  # type: ignore[assignment]
+    meta: Any = trained.meta
+    tables = meta.get("losses", {})
     return {head: tuple(loss_term(table, "loss") for table in found) for head, found in tables.items()}
 
 

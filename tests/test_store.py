@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -59,6 +60,18 @@ def test_the_key_follows_step_version_options_and_parents() -> None:
     ]
     assert base not in others
     assert len(set(others)) == 4
+
+
+def test_an_alias_finds_what_was_built_and_builds_anew_what_is_gone(store: Store, events: Events) -> None:
+    made = store.step("demo", 1, {"a": "found"}, [], _write("x"))  # type: ignore[arg-type]
+    for _ in range(2):
+        store.alias(made, 1, {"a": 7}, [])
+    again = store.step("demo", 1, {"a": 7}, [], _write("never built"))  # type: ignore[arg-type]
+    assert (again.key, (again.path / "out.txt").read_text()) == (made.key, "x")
+    shutil.rmtree(made.path)
+    anew = store.step("demo", 1, {"a": 7}, [], _write("y"))  # type: ignore[arg-type]
+    assert (anew.path / "out.txt").read_text() == "y"
+    assert [event for event, _ in events] == ["building", "cached", "building"]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "manifest", "half"])
