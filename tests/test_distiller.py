@@ -123,6 +123,20 @@ def test_its_parameters_are_those_of_the_projectors_alone() -> None:
     assert not hooks(student)
 
 
+def test_auto_that_compares_nothing_warns() -> None:
+    class Reader(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(4, width, batch_first=True), nn.Linear(width, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.rnn(x)[0][:, -1])
+            return logits
+
+    with pytest.warns(UserWarning, match="outputs alone are compared: of recurrent networks no layers are"):
+        Distiller(Reader(16), Reader(8), torch.randn(8, 5, 4), ["kd", "auto"]).close()
+
+
 def test_looking_at_the_networks_changes_nothing() -> None:
     teacher, student = Plain(16).train(), Plain(6).train()
     student.stem.eval()

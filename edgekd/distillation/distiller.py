@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -27,10 +28,10 @@ class Distiller(nn.Module):
             loss = distiller(images, labels=labels)
             loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    `correspondence` is what `match` found, where a loss is "auto" (None where it found nothing); `logits` are the
-    student's, of the last batch. The parameters are those of the projectors alone, which only training needs: the
-    student is saved, exported and used as it is. The networks are watched through hooks on their modules; `close` (or
-    `with`) takes them off.
+    `correspondence` is what `match` found, where a loss is "auto" (None where it found nothing; a warning says why no
+    layers are compared); `logits` are the student's, of the last batch. The parameters are those of the projectors
+    alone, which only training needs: the student is saved, exported and used as it is. The networks are watched
+    through hooks on their modules; `close` (or `with`) takes them off.
 
     Args:
         teacher, student: any modules that take the same batch and return logits; the student is trained as it is put
@@ -65,6 +66,8 @@ class Distiller(nn.Module):
         terms = [loss_term(loss, f"losses[{at}]") for at, loss in enumerate(given)]
         built = build(first, student, terms, self.task, classes, lambda: probe)
         self.objective, self.correspondence = built.objective, built.correspondence
+        if built.notes and not self.objective.student_taps:
+            warnings.warn(built.notes[-1], stacklevel=2)
         device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
         self.objective.to(device)
         self._taps = Taps(first, self.objective.teacher_taps), Taps(student, self.objective.student_taps)
