@@ -221,7 +221,7 @@ def test_srd_is_the_same_for_features_of_any_size(size: float) -> None:
 
 def test_srd_of_constant_features_is_finite() -> None:
     constant = torch.ones(8, 4, requires_grad=True)
-    loss = srd(constant, _random(0, 8, 4))
+    loss: Any = srd(constant, _random(0, 8, 4))
     loss.backward()
     assert constant.grad is not None
     assert math.isfinite(loss.item())
