@@ -48,6 +48,7 @@ class Method:
 
 
 KD = [{"name": "kd", "weight": 0.9, "temperature": 4.0}, {"name": "ce", "weight": 0.1}]
+CE_KD = [{"name": "ce"}, {"name": "kd", "temperature": 4.0}]
 METHODS = {
     "none": Method((), note="cross-entropy on the labels, fresh augmentation in every epoch"),
     "kd": Method(KD),
@@ -63,6 +64,10 @@ METHODS = {
     "nkd": Method([{"name": "nkd"}], note="contains its own cross-entropy"),
     "dkd": Method([{"name": "ce"}, {"name": "dkd", "temperature": 4.0, "alpha": 1.0, "beta": 2.0}]),
     "srd": Method([{"name": "ce"}, {"name": "kd", "temperature": 1.0}, {"name": "srd", "weight": 2.0}], features=True),
+    "srd, weight 1": Method([{"name": "ce"}, {"name": "kd", "temperature": 1.0}, {"name": "srd"}], features=True),
+    "ce + kd": Method(CE_KD, note="the labels as heavy as the teacher"),
+    "ce + kd + srd": Method([*CE_KD, {"name": "srd"}], features=True),
+    "ce + kd + 2 srd": Method([*CE_KD, {"name": "srd", "weight": 2.0}], features=True),
     "kd + srd": Method([*KD, {"name": "srd", "weight": 1.0}], features=True),
     "kd + 4 srd": Method([*KD, {"name": "srd", "weight": 4.0}], features=True),
     "kd + review": Method([*KD, {"name": "review", "weight": 1.0}], features=True),

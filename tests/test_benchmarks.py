@@ -51,7 +51,7 @@ def texts(tmp_path: Path) -> tuple[str, ...]:
 
 def test_text(tmp_path: Path, texts: tuple[str, ...]) -> None:
     rows, printed = run("text.py", tmp_path, *texts)
-    assert [row["settings"]["method"] for row in rows] == ["none", "kd"]
+    assert [row["settings"]["method"] for row in rows] == ["none", "kd", "kd, T = 1"]
     assert all(set(row["accuracy"]) == {"trec", "sst2", "subj", "mpqa"} for row in rows)
     teachers = [json.loads(line) for line in (tmp_path / "teachers.jsonl").read_text().splitlines()]
     one = next(row for row in teachers if row["settings"]["role"] == "teacher")
@@ -62,9 +62,9 @@ def test_text(tmp_path: Path, texts: tuple[str, ...]) -> None:
 
 def test_recurrent(tmp_path: Path, texts: tuple[str, ...]) -> None:
     rows, printed = run("recurrent.py", tmp_path, *texts, "--tasks", "sst2")
-    assert [row["settings"]["method"] for row in rows] == ["none", "kd", "kd + auto"]
-    assert [bool(row["pairs"]) for row in rows] == [False, False, True]
-    assert "| sst2 | kd + auto | 1 |" in printed
+    assert [row["settings"]["method"] for row in rows] == ["none", "kd", "kd, T = 1", "kd + cosine"]
+    assert [bool(row["pairs"]) for row in rows] == [False, False, False, True]
+    assert "| sst2 | kd + cosine | 1 |" in printed
     assert run("recurrent.py", tmp_path, *texts, "--tasks", "sst2")[0] == rows
 
 
@@ -91,8 +91,8 @@ def test_vit(tmp_path: Path, few: Path) -> None:
     options = ("--epochs", "2", "--views", "1", "--teacher-epochs", "1", "--seeds", "0")
     rows, printed = run("vit.py", tmp_path, "--data", str(few), *options)
     found: Mapping[str, dict[str, Any]] = {row["settings"].get("method", "teacher"): row for row in rows}
-    assert set(found) == {"none", "teacher", "kd", "kd + auto"}
-    assert found["kd + auto"]["pairs"]
+    assert set(found) == {"none", "teacher", "kd", "kd + auto", "kd + srd"}
+    assert found["kd + auto"]["pairs"] and found["kd + srd"]["pairs"]
     assert found["teacher"]["parameters"] > 30 * found["none"]["parameters"]
     assert "| kd + auto | 2 |" in printed
 
