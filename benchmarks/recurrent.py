@@ -35,6 +35,7 @@ METHODS = {
     "none": Method([CE], 0.005),
     "kd": Method(KD, 0.005),
     "kd, T = 1": Method([{"name": "kd", "temperature": 1.0}, CE], 0.005),
+    "ce + kd": Method([{"name": "kd", "temperature": 2.0}, CE], 0.005),
     "kd + cosine": Method([*KD, {"name": "cosine", "weight": 1.0}], 0.005),
 }
 

@@ -62,8 +62,8 @@ def test_text(tmp_path: Path, texts: tuple[str, ...]) -> None:
 
 def test_recurrent(tmp_path: Path, texts: tuple[str, ...]) -> None:
     rows, printed = run("recurrent.py", tmp_path, *texts, "--tasks", "sst2")
-    assert [row["settings"]["method"] for row in rows] == ["none", "kd", "kd, T = 1", "kd + cosine"]
-    assert [bool(row["pairs"]) for row in rows] == [False, False, False, True]
+    assert [row["settings"]["method"] for row in rows] == ["none", "kd", "kd, T = 1", "ce + kd", "kd + cosine"]
+    assert [bool(row["pairs"]) for row in rows] == [False, False, False, False, True]
     assert "| sst2 | kd + cosine | 1 |" in printed
     assert run("recurrent.py", tmp_path, *texts, "--tasks", "sst2")[0] == rows
 
