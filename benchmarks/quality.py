@@ -48,7 +48,7 @@ class Method:
 
 
 KD = [{"name": "kd", "weight": 0.9, "temperature": 4.0}, {"name": "ce", "weight": 0.1}]
-CE_KD = [{"name": "ce"}, {"name": "kd", "temperature": 4.0}]
+CE_KD: list[dict[str, Any]] = [{"name": "ce"}, {"name": "kd", "temperature": 4.0}]
 METHODS = {
     "none": Method((), note="cross-entropy on the labels, fresh augmentation in every epoch"),
     "kd": Method(KD),

@@ -338,7 +338,7 @@ def loss_table(term: LossTerm) -> dict[str, Any]:
     return {"name": term.part.name, "weight": term.weight} | filled | pairs
 
 
-AUTO = "auto"  # a loss of this name stands for those that `match` chooses
+AUTO = "auto"  # a loss of this name stands for those of the layers that `match` finds; alone, for all losses
 
 
 def _check_parts(recipe: Recipe) -> None:

@@ -67,15 +67,9 @@ weight_decay = 0.01
 [student]
 model = "{student}"
 
-[[loss]]                    # Hinton's distillation: the teacher's softened outputs, and a little of the labels
-name = "kd"
-weight = 0.9
-temperature = 4.0
 [[loss]]
-name = "ce"
-weight = 0.1
-# [[loss]]
-# name = "auto"             # layers that correspond, too; on few samples they may cost more than they give
+name = "auto"               # the default: labels, the teacher's outputs and, between CNNs, the layers that correspond;
+                            # report.json and the recipe left in runs/ name them. Your own losses may take its place
 
 [distill]
 epochs = 30

@@ -43,7 +43,7 @@ class Subject:
     @property
     def terms(self) -> tuple[LossTerm, ...]:
         """The losses that its student is distilled by."""
-        return self.task.losses if self.spec.losses is None else self.spec.losses
+        return distillation.default_losses(self.task) if self.spec.losses is None else self.spec.losses
 
 
 @dataclass(frozen=True, slots=True)

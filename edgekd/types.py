@@ -183,7 +183,8 @@ class Task:
     metrics: Callable[[np.ndarray, np.ndarray], dict[str, float]]  # (output, labels) → other figures by name
     check: Callable[[Dataset], None]  # raises DataError where the labels are not what the task takes
     label_loss: LossTerm  # what a network is trained by where there is no teacher
-    losses: tuple[LossTerm, ...]  # what a student is distilled by where the recipe names no loss
+    losses: tuple[LossTerm, ...]  # of outputs: what a student is distilled by where the recipe names none
+    beside_layers: tuple[LossTerm, ...] = ()  # in their place where "auto" compares layers; (): it does not
     labels: LabelForm = "classes"  # how data parts read labels for it, and how a bundle prints outputs
     dense: bool = False  # the outputs have a grid behind the classes
     values: bool = False  # the outputs are values, not logits: losses on class logits are refused

@@ -68,6 +68,13 @@ def test_recurrent(tmp_path: Path, texts: tuple[str, ...]) -> None:
     assert run("recurrent.py", tmp_path, *texts, "--tasks", "sst2")[0] == rows
 
 
+def test_few_samples(tmp_path: Path) -> None:
+    rows, printed = run("few_samples.py", tmp_path, "--epochs", "1", "--seeds", "0")
+    assert len({row["settings"]["method"] for row in rows}) == len(rows) == 7
+    assert all(row["teacher"] > 0.5 for row in rows)
+    assert "| none | 1 |" in printed
+
+
 @pytest.fixture
 def few(tmp_path: Path, shared_data: Path) -> Path:
     """A data folder with thirty images of each class for training and thirty for tests."""
@@ -92,7 +99,7 @@ def test_vit(tmp_path: Path, few: Path) -> None:
     rows, printed = run("vit.py", tmp_path, "--data", str(few), *options)
     found: Mapping[str, dict[str, Any]] = {row["settings"].get("method", "teacher"): row for row in rows}
     assert set(found) == {"none", "teacher", "kd", "kd + auto", "kd + srd"}
-    assert found["kd + auto"]["pairs"] and found["kd + srd"]["pairs"]
+    assert all(found[name]["pairs"] for name in ("kd + auto", "kd + srd"))
     assert found["teacher"]["parameters"] > 30 * found["none"]["parameters"]
     assert "| kd + auto | 2 |" in printed
 

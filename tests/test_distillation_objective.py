@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.functional import softmax
 from trainings import HINTON, handwritten, network, own, small, task
 
 from edgekd.correspondence import Pair, Tap
-from edgekd.distillation.objective import Objective, Term, asks, build, ensemble, name_of
+from edgekd.distillation.objective import Objective, Term, asks, build, default_losses, ensemble, name_of
 from edgekd.errors import ModelError, PartError, RecipeError
 from edgekd.losses import ce, dkd, function_matching, hint, kd, mse, ofa, review, similarity, srd
 from edgekd.recipe import loss_term
@@ -330,6 +331,22 @@ def test_auto_stands_for_the_losses_that_match_chooses() -> None:
     assert list(found.objective.parameters())
 
 
+def test_auto_alone_stands_for_the_losses_of_outputs_too() -> None:
+    found = built([LossTerm(Part("auto"))])
+    assert found.correspondence is not None
+    assert found.correspondence.family == "same"
+    assert found.terms == (*task().beside_layers, *found.correspondence.terms())
+    assert default_losses(task()) == (LossTerm(Part("auto")),)
+
+
+def test_auto_alone_is_the_losses_of_a_task_that_leaves_no_layers_to_it() -> None:
+    plain = dataclasses.replace(task(), beside_layers=())
+    teacher, student = Opaque(), Opaque()
+    found = build(teacher, student, [LossTerm(Part("auto"), 2.0)], plain, 10, lambda: pytest.fail("no look is needed"))
+    assert [(term.part, term.weight) for term in found.terms] == [(t.part, 2.0 * t.weight) for t in plain.losses]
+    assert default_losses(plain) == plain.losses
+
+
 class Opaque(nn.Module):
     """A network in whose inside there is nothing to tap: one function of the image."""
 
@@ -350,8 +367,8 @@ def test_auto_leaves_networks_whose_layers_do_not_correspond_to_the_other_losses
     (note,) = found.notes
     assert note.startswith("outputs alone are compared, no layers: no place of the student corresponds")
     assert found.pairs() == {"family": None, "pairs": [], "notes": [note]}
-    with pytest.raises(ModelError, match="no place of the student corresponds"):
-        build(teacher, student, [LossTerm(Part("auto"))], task(), 10, lambda: torch.rand(8, 1, 8, 8))
+    alone = build(teacher, student, [LossTerm(Part("auto"))], task(), 10, lambda: torch.rand(8, 1, 8, 8))
+    assert (alone.terms, alone.notes) == (task().losses, found.notes)
 
 
 class Reader(nn.Module):
@@ -371,10 +388,10 @@ def test_auto_compares_no_layers_where_none_is_by_default() -> None:
     found = build(Reader(16), Reader(8), terms, task(), 10, lambda: torch.rand(8, 1, 8, 8))
     assert [term.part.name for term in found.terms] == ["kd"]
     assert found.correspondence is not None
-    assert found.notes[-1] == "outputs alone are compared: of recurrent networks no layers are, unless named"
+    assert found.notes[-1] == "outputs alone are compared: of recurrent networks no layers are, unless asked for"
     assert found.pairs() == {"family": "recurrent", "pairs": [], "notes": list(found.notes)}
-    with pytest.raises(ModelError, match="'auto' compares no layers of recurrent networks"):
-        build(Reader(16), Reader(8), terms[1:], task(), 10, lambda: torch.rand(8, 1, 8, 8))
+    alone = build(Reader(16), Reader(8), [LossTerm(Part("auto"))], task(), 10, lambda: torch.rand(8, 1, 8, 8))
+    assert (alone.terms, alone.notes) == (task().losses, found.notes)
 
 
 def test_a_loss_of_ones_own_goes_through_the_same_door() -> None:

@@ -207,10 +207,25 @@ def test_srd_by_hand() -> None:
 
 def test_srd_does_not_depend_on_scale_and_offset() -> None:
     student, teacher = _random(0, 3, 5, 18), _random(1, 3, 5, 18)
-    scales, offsets = 10 ** _random(2, 18).clamp(-1, 3), 5 * _random(3, 18)
+    scales, offsets = 10 ** _random(2, 18).clamp(-0.5, 0.5), 5 * _random(3, 18)
     loss = srd(student, teacher).item()
     assert srd(scales * student + offsets, teacher).item() == pytest.approx(loss, rel=1e-2)
     assert srd(student, scales * teacher + offsets).item() == pytest.approx(loss, rel=1e-2)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1e3])
+def test_srd_is_the_same_for_features_of_any_size(size: float) -> None:
+    student, teacher = _random(0, 64, 8), _random(1, 64, 8)
+    assert srd(size * student, teacher).item() == pytest.approx(srd(student, teacher).item(), abs=1e-3)
+
+
+def test_srd_of_constant_features_is_finite() -> None:
+    constant = torch.ones(8, 4, requires_grad=True)
+    loss: Any = srd(constant, _random(0, 8, 4))
+    loss.backward()
+    assert constant.grad is not None
+    assert math.isfinite(loss.item())
+    assert constant.grad.isfinite().all()
 
 
 def test_srd_at_equality_is_finite() -> None:

@@ -305,7 +305,7 @@ def test_each_head_has_its_data_its_teachers_and_its_losses(tmp_path: Path) -> N
     assert [len(each) for each in teachers] == [1, 2]
     assert student.weights.parents == tuple(source.weights.key for each in teachers for source in each)
     losses = meta(student)["losses"]
-    assert [term["name"] for term in losses["digit"]] == ["kd", "ce"]  # the task's own
+    assert [term["name"] for term in losses["digit"]] == ["ce", "kd", "srd"]  # the default
     assert [(term["name"], term["temperature"]) for term in losses["odd"]] == [("kd", 2.0)]
     for subject, classes in zip(school.subjects, (10, 2), strict=True):
         outputs = evaluate(student.network, subject.data.test, head=subject.spec.head)

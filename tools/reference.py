@@ -119,14 +119,16 @@ def _recipe() -> Iterator[str]:
     yield textwrap.dedent(f"""\
         | key | type | default | meaning |
         |---|---|---|---|
-        | `name` | str | | of the loss; `{recipe.AUTO}`: those that `match` chooses, with their pairs of layers |
+        | `name` | str | | of the loss; `{recipe.AUTO}`: those of layers that `match` finds; alone: the default |
         | `weight` | float > 0 | `1.0` | of the loss in the sum |
         | `pairs` | [[str, str], …] | found | of a loss of features: layers by their paths, the student's first |""")
-    yield "\nLeft out, they are those of the task:\n"
-    yield "| task | losses |\n|---|---|"
+    yield "\nLeft out, they are those of the task, or those with layers where student and teacher are convolutional"
+    yield "networks whose layers correspond; the run says which:\n"
+    yield "| task | losses | with layers |\n|---|---|---|"
     for name in sorted(plugins.names("tasks")):
         task: types.Task = plugins.build("tasks", types.Part(name))
-        yield f"| `{name}` | {' + '.join(map(_term, task.losses))} |"
+        beside = " + ".join([*map(_term, task.beside_layers), "layers"]) if task.beside_layers else "no"
+        yield f"| `{name}` | {' + '.join(map(_term, task.losses))} | {beside} |"
     yield "\n## `[[task]]`\n"
     yield textwrap.dedent("""\
         A student of several tasks has one of these for each of its heads, in place of `[data]`, `[task]` and

@@ -42,6 +42,11 @@ class Correspondence:
     family: Relation
     notes: tuple[str, ...] = ()
 
+    @property
+    def pays(self) -> bool:
+        """Whether its losses are known to be worth more than those of outputs alone (benchmarks/quality.py)."""
+        return self.family == "same" and bool(self.terms())
+
     def terms(self) -> tuple[LossTerm, ...]:
         """What is written to the recipe: a term for each loss, with its pairs."""
         used = [pair for pair in self.pairs if pair.weight]

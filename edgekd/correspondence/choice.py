@@ -13,9 +13,9 @@ from edgekd.types import Json
 
 Relation: TypeAlias = Literal["pruned", "same", "dense", "cnn-vit", "transformer", "recurrent", "mixed"]
 
-# Loss and weight by relation of the networks and role of the pair, beside 0.9 × kd of T = 4 and 0.1 × cross-entropy.
-# Weight 0: the pair is told, and not used. A linear projector and srd hold up best among convolutional networks (Miles,
-# Mikolajczyk, AAAI 2024; benchmarks/quality.py), relations in the last layer among transformers (Wang et al., ACL
+# Loss and weight by relation of the networks and role of the pair. Weight 0: the pair is told, and not used. A linear
+# projector and srd hold up best among convolutional networks, beside cross-entropy and kd at T = 1 (Miles, Mikolajczyk,
+# AAAI 2024; benchmarks/quality.py), relations in the last layer among transformers (Wang et al., ACL
 # 2021). Unlike families do not compare before their heads (Hao et al., NeurIPS 2023): srd on the last maps of a ViT
 # costs its convolutional student what the outputs gave it (benchmarks/vit.py). LSTMs gain nothing from their layers
 # (benchmarks/recurrent.py).
@@ -26,7 +26,7 @@ DEFAULTS: Mapping[Relation, Mapping[Role, tuple[str, float]]] = {
         "penultimate": ("hint", 1.0),
         "relations": ("minilm", 0.0),
     },
-    "same": {"earlier": ("review", 0.0), "last": ("srd", 4.0), "penultimate": ("srd", 4.0)},
+    "same": {"earlier": ("review", 0.0), "last": ("srd", 2.0), "penultimate": ("srd", 2.0)},
     "dense": {"earlier": ("cosine", 1.0), "last": ("cosine", 1.0), "penultimate": ("cosine", 0.0)},
     "cnn-vit": {"earlier": ("similarity", 0.0), "last": ("srd", 0.0), "penultimate": ("srd", 1.0)},
     "transformer": {

@@ -23,6 +23,7 @@ from edgekd.types import Arrays, Dataset, TensorSpec
 
 IN_MEMORY_BYTES = 4 << 30  # decoded; a larger data set is streamed
 _CHUNK = 128  # images a thread takes at once
+_SMALL = 64 * 64  # pixels: up to here threads wait for the interpreter's lock longer than they decode
 
 
 def imagefolder(
@@ -48,7 +49,8 @@ def imagefolder(
         test_fraction: fraction of the images to test on, where there is no test folder.
         calibration: images held out of training; left out: min(512, a tenth of the training images).
         memory_bytes: up to this many decoded bytes stay in memory, more are read while they are used.
-        workers: threads to decode with, and processes to read ahead with; left out: the cores there are.
+        workers: threads to decode with (images of more than 64 × 64), and processes to read ahead with; left out: the
+            cores there are.
 
     Raises:
         DataError: no images, an empty class, a class in one split only, or images that cannot be decoded.
@@ -181,6 +183,7 @@ def _scanned(
             first = images.seen(image)
     except UnreadableError:
         first = Plan((1, 1), 1)  # the reading below counts it among the unreadable ones
+    threads = 1 if first.size[0] * first.size[1] <= _SMALL else threads
     plan = Plan(size or first.size, channels or first.channels)
     digests = [b""] * len(names)
     free = (size is None, channels is None)

@@ -15,7 +15,7 @@ from edgekd.distillation.distiller import Distiller
 from edgekd.distillation.job import Course, Job, Teacher
 from edgekd.distillation.logits import device, evaluate, forward, place
 from edgekd.distillation.loop import fit
-from edgekd.distillation.objective import Objective, Term, build
+from edgekd.distillation.objective import Objective, Term, build, default_losses
 from edgekd.distillation.samples import on_device
 from edgekd.errors import ModelError, RecipeError
 from edgekd.models.network import Network
@@ -27,7 +27,7 @@ VERSION = 2  # of what training does with its options; raised where old weights 
 PROBE_SAMPLES = 64  # that layers are matched on
 
 __all__ = [
-    "VERSION", "Distiller", "Lesson", "Teacher", "distill", "distill_tasks", "evaluate", "train",
+    "VERSION", "Distiller", "Lesson", "Teacher", "default_losses", "distill", "distill_tasks", "evaluate", "train",
 ]  # fmt: skip
 
 

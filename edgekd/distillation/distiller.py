@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from edgekd import plugins
 from edgekd.correspondence import Taps, mask_of
-from edgekd.distillation.objective import build
+from edgekd.distillation.objective import build, default_losses
 from edgekd.errors import ModelError
 from edgekd.recipe import loss_term
 from edgekd.types import LossTerm, Outputs, Part, Task
@@ -39,7 +39,7 @@ class Distiller(nn.Module):
             the mean of their probabilities; layers are compared with the first one's.
         probe: one batch as both take it (a tensor, or a tuple or dictionary of them), for a look at their layers.
         losses: names of losses, or tables as a recipe has them: {"name": "kd", "weight": 0.9, "temperature": 2.0};
-            None: the task's own.
+            None: as where a recipe names none, "auto" alone for classes.
         task: what the outputs are: "classification", "segmentation", "multilabel", "regression" or a Task.
 
     Raises:
@@ -62,11 +62,11 @@ class Distiller(nn.Module):
         self._teachers = (teacher,) if isinstance(teacher, nn.Module) else tuple(teacher)
         self._student = (student,)
         first, classes = self._teachers[0], self._classes(probe)
-        given = self.task.losses if losses is None else losses
+        given = default_losses(self.task) if losses is None else losses
         terms = [loss_term(loss, f"losses[{at}]") for at, loss in enumerate(given)]
         built = build(first, student, terms, self.task, classes, lambda: probe)
         self.objective, self.correspondence = built.objective, built.correspondence
-        if built.notes and not self.objective.student_taps:
+        if losses is not None and built.notes and not self.objective.student_taps:
             warnings.warn(built.notes[-1], stacklevel=2)
         device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
         self.objective.to(device)

@@ -224,6 +224,11 @@ class Built:
         }
 
 
+def default_losses(task: Task) -> tuple[LossTerm, ...]:
+    """What a student is distilled by where no loss is named: "auto" alone, where the task leaves layers to it."""
+    return (LossTerm(Part(AUTO)),) if task.beside_layers else task.losses
+
+
 def build(
     teacher: nn.Module,
     student: nn.Module,
@@ -235,23 +240,22 @@ def build(
     """The losses of a recipe bound to their task and to the layers they compare, and how those were found.
 
     Args:
-        terms: "auto" among them stands for the losses that `match` chooses: none, with a note, where it finds no layers
-            that correspond and there are other losses.
+        terms: "auto" among them stands for the losses of layers that `match` chooses: none, with a note, where it finds
+            none that correspond. Alone it stands for those of outputs, too: the task's own, and layers where they are
+            known to pay (of two convolutional networks).
         probe: gives some samples, for a look at both networks; not called where no loss compares features.
 
     Raises:
         RecipeError: no loss.
         PartError: a loss is unknown, does not take an option, or asks for what is not there.
-        ModelError: there is no loss but "auto", and no layers correspond.
     """
     if not terms:
         raise RecipeError("there is no loss to distil with", where="loss", fix='add [[loss]] with name = "kd"')
     spelt: list[LossTerm] = []
     autos = [term for term in terms if term.part.name == AUTO]
-    found, notes = _matched(teacher, student, probe, alone=len(autos) == len(terms)) if autos else (None, ())
+    chosen, found, notes = _chosen(teacher, student, task, probe, len(autos) == len(terms)) if autos else ((), None, ())
     for at, term in enumerate(terms):
         if term.part.name == AUTO:
-            chosen = found.terms() if found is not None else ()
             spelt += [replace(each, weight=each.weight * term.weight) for each in chosen]
             continue
         names = asks(plugins.bind("losses", term.part, where=f"loss[{at}]"), f"loss[{at}]")
@@ -271,22 +275,23 @@ def build(
     return Built(Objective(bound, task, classes), tuple(explicit), found, notes)
 
 
-def _matched(
-    teacher: nn.Module, student: nn.Module, probe: Callable[[], Any], *, alone: bool
-) -> tuple[Correspondence | None, tuple[str, ...]]:
-    """What corresponds, and what has to be known of it."""
+def _chosen(
+    teacher: nn.Module, student: nn.Module, task: Task, probe: Callable[[], Any], alone: bool
+) -> tuple[tuple[LossTerm, ...], Correspondence | None, tuple[str, ...]]:
+    """The losses that "auto" stands for, what corresponds, and what has to be known of it."""
+    outputs = task.losses if alone else ()
+    if alone and not task.beside_layers:
+        return outputs, None, ()
     try:
         found = correspondence.match(teacher, student, probe())
     except ModelError as problem:
-        if alone:
-            raise
-        return None, (f"outputs alone are compared, no layers: {problem}",)
-    if found.terms():
-        return found, found.notes
-    if alone:
-        fix = "name a loss of the outputs beside it, or the layers: pairs = [[student path, teacher path], …]"
-        raise ModelError(f"'auto' compares no layers of {found.family} networks", where="loss", fix=fix)
-    return found, (*found.notes, f"outputs alone are compared: of {found.family} networks no layers are, unless named")
+        return outputs, None, (f"outputs alone are compared, no layers: {problem}",)
+    if alone and found.pays:
+        return (*task.beside_layers, *found.terms()), found, found.notes
+    if not alone and found.terms():
+        return found.terms(), found, found.notes
+    told = f"outputs alone are compared: of {found.family} networks no layers are, unless asked for"
+    return outputs, found, (*found.notes, told)
 
 
 def ensemble(answers: Sequence[tuple[float, Tensor]], temperature: float) -> Tensor:

@@ -17,6 +17,8 @@ ON_LABELS = LossTerm(Part("ce"))
 # Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, NIPS workshop 2014: mostly the teacher's soft
 # targets, a little of the labels; T = 4 and 0.9 : 0.1 are what the reference implementations of the field use.
 ON_TEACHER = (LossTerm(Part("kd", {"temperature": 4.0}), 0.9), LossTerm(Part("ce"), 0.1))
+# Miles, Mikolajczyk: Understanding the Role of the Projector in Knowledge Distillation, AAAI 2024.
+BESIDE_LAYERS = (ON_LABELS, LossTerm(Part("kd", {"temperature": 1.0})))
 
 _FEW = 64  # samples that are read where labels do not lie in memory
 

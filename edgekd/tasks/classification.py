@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgekd.errors import DataError
-from edgekd.tasks import ON_LABELS, ON_TEACHER, macro_f1, refuse, seen
+from edgekd.tasks import BESIDE_LAYERS, ON_LABELS, ON_TEACHER, macro_f1, refuse, seen
 from edgekd.types import Dataset, Task
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def classification() -> Task:
     """
     return Task(
         name="classification", metric="accuracy", rows=_rows, scores=_scores, decisions=_decisions, metrics=_metrics,
-        check=_check, label_loss=ON_LABELS, losses=ON_TEACHER,
+        check=_check, label_loss=ON_LABELS, losses=ON_TEACHER, beside_layers=BESIDE_LAYERS,
     )  # fmt: skip
 
 
