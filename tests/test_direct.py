@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import edgekd
+from edgekd.direct import Distilled
 
 
 class Net(nn.Module):
@@ -25,13 +26,13 @@ class Net(nn.Module):
         return logits
 
 
-def distilled(**options: Any) -> edgekd.Distilled:
+def distilled(**options: Any) -> Distilled:
     torch.manual_seed(0)
     samples = TensorDataset(torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8), torch.arange(64) % 4)
     return edgekd.distill(Net(16), Net(8), (samples, samples), epochs=1, batch_size=16, threads=1, **options)
 
 
-def names(result: edgekd.Distilled) -> list[str]:
+def names(result: Distilled) -> list[str]:
     told: Any = result.training
     return [term["name"] for term in told["losses"]["student"]]
 
