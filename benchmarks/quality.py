@@ -64,6 +64,15 @@ METHODS = {
     "nkd": Method([{"name": "nkd"}], note="contains its own cross-entropy"),
     "dkd": Method([{"name": "ce"}, {"name": "dkd", "temperature": 4.0, "alpha": 1.0, "beta": 2.0}]),
     "srd": Method([{"name": "ce"}, {"name": "kd", "temperature": 1.0}, {"name": "srd", "weight": 2.0}], features=True),
+    "srd, head alone": Method(
+        [
+            {"name": "ce"},
+            {"name": "kd", "temperature": 1.0},
+            {"name": "srd", "weight": 2.0, "pairs": [["linear:in", "linear:in"]]},
+        ],
+        features=True,
+        note="of ResNets: not the last maps, which take a hundred times as much to keep",
+    ),
     "ce + kd": Method(CE_KD, note="the labels as heavy as the teacher"),
     "ce + kd + srd": Method([*CE_KD, {"name": "srd"}], features=True),
     "kd + srd": Method([*KD, {"name": "srd", "weight": 1.0}], features=True),

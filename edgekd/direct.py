@@ -79,7 +79,7 @@ def distill(
     Args:
         data: a map-style torch Dataset, a (train, test) pair of them, {"train": …, "test": …}, a Dataset of edgekd, or
             a table as a recipe has it: {"name": "imagefolder", "path": "photos"}.
-        losses: names, or tables as a recipe has them; None: the task's own.
+        losses: names, or tables as a recipe has them; None: "auto" alone for classes, else the task's own.
         task: "classification", "segmentation", "multilabel", "regression", or a Task.
         mean, std: of images, of values in [0, 1], one a channel; None: ImageNet's for RGB.
         out: folder for weights.safetensors and the checkpoint that a killed training goes on from; None: neither.
@@ -98,7 +98,8 @@ def distill(
     modules = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     spec = ModelSpec("teacher", mean=spec.mean, std=spec.std)
     teachers = [Teacher(_network(module, spec, found, built)) for module in modules]
-    terms = built.losses if losses is None else [loss_term(loss, f"losses[{at}]") for at, loss in enumerate(losses)]
+    asked = distillation.default_losses(built) if losses is None else losses
+    terms = [loss_term(loss, f"losses[{at}]") for at, loss in enumerate(asked)]
     with tempfile.TemporaryDirectory(prefix="edgekd-") as scratch:
         work = make_folder(Path(scratch) if out is None else Path(out))
         meta = distillation.distill(

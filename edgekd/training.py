@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgekd import data, distillation, export, models, plugins, qad
+from edgekd import data, distillation, export, models, plugins, qad, quantize
 from edgekd.clock import Deadline
 from edgekd.deploy import Calibration, Source
 from edgekd.distillation import Lesson, Teacher
@@ -319,11 +319,13 @@ def _rehearse(school: School, spec: ModelSpec, network: Network | None = None) -
     stored = next(iter(subject.data.calibration.batches([np.arange(1)]))).inputs
 
     def exported() -> None:
+        preprocessing = school.recipe.export.preprocessing
+        tried = network or _built(school, subject, replace(spec, weights=None))
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-            export.export(
-                network or _built(school, subject, replace(spec, weights=None)), stored, opset=opset,
-                preprocessing=school.recipe.export.preprocessing, path=Path(folder) / "rehearsal.onnx",
-            )  # fmt: skip
+            path = Path(folder) / "rehearsal.onnx"
+            export.export(tried, stored, opset=opset, preprocessing=preprocessing, path=path)
+        if spec == school.recipe.student and (float_layers := school.recipe.quantize.float_layers):
+            quantize.check_layers(tried, stored, float_layers, preprocessing=preprocessing)
 
     here().once(exported)
 

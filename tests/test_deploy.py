@@ -246,6 +246,16 @@ def test_what_int8_leaves_in_float_and_how_it_was_come_to_is_told(place: Path) -
     assert 'method = [\n    "mse",\n    "bias",\n]' in (place / "runs" / "small" / "recipe.toml").read_text()
 
 
+def test_a_layer_that_is_not_there_is_refused_before_anything_is_trained(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "edgekd.toml").write_text(HEAD.format(**DIGITS) + '[quantize]\nfloat_layers = ["con1"]\n')
+    code = call("compress", "--target", "host")
+    assert code == 2
+    assert "the network has no layer 'con1'" in capsys.readouterr().err
+    assert not list(place.glob(".edgekd/teacher-*/weights.safetensors"))
+
+
 def test_forms_that_are_asked_for_are_built_and_others_are_told(place: Path) -> None:
     report = _compress(place, HEAD.format(**DIGITS), "--target", "host")
     notes = [note for note in report["notes"] if "there is no student-" in note]

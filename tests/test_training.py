@@ -311,7 +311,7 @@ def test_each_head_has_its_data_its_teachers_and_its_losses(tmp_path: Path) -> N
         outputs = evaluate(student.network, subject.data.test, head=subject.spec.head)
         assert outputs.shape == (len(subject.data.test), classes)
     resolved = training.resolved(school, student)
-    assert [[term.part.name for term in task.losses or ()] for task in resolved.tasks] == [["kd", "ce"], ["kd"]]
+    assert [[term.part.name for term in task.losses or ()] for task in resolved.tasks] == [["ce", "kd", "srd"], ["kd"]]
     assert resolved.tasks[1].head == "odd"
     # the weight of one teacher of one task is part of what the student is
     first, second = found.tasks

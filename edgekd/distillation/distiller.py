@@ -39,7 +39,7 @@ class Distiller(nn.Module):
             the mean of their probabilities; layers are compared with the first one's.
         probe: one batch as both take it (a tensor, or a tuple or dictionary of them), for a look at their layers.
         losses: names of losses, or tables as a recipe has them: {"name": "kd", "weight": 0.9, "temperature": 2.0};
-            None: as where a recipe names none, "auto" alone for classes.
+            None: "auto" alone for classes, else the task's own.
         task: what the outputs are: "classification", "segmentation", "multilabel", "regression" or a Task.
 
     Raises:

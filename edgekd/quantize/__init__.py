@@ -25,13 +25,13 @@ from edgekd.quantize.ladder import SECONDS, Ladder, holds, told
 from edgekd.quantize.qdq import finish
 from edgekd.quantize.quantizer import within
 from edgekd.quantize.samples import Halves, Stored
-from edgekd.quantize.simulation import Simulation
+from edgekd.quantize.simulation import Simulation, names_of_layers
 from edgekd.types import Arrays, Batch, Json, QuantizationMethod, QuantizationRules, Say, Task
 
 if TYPE_CHECKING:
     from edgekd.models.network import Network
 
-__all__ = ["SECONDS", "VERSION", "holds", "quantize", "told", "write"]
+__all__ = ["SECONDS", "VERSION", "check_layers", "holds", "quantize", "told", "write"]
 
 VERSION = 4
 MAX_DROP = 0.005  # half a point
@@ -98,8 +98,8 @@ def quantize(
     if program.why_static is not None:
         say("static batch", step="quantize", reason=program.why_static)
     try:
+        _named(program, float_layers)
         simulation = Simulation(program, rules, float_layers)
-        _named(simulation, float_layers)
         samples = Halves(network, calibration, preprocessing, program.why_static is not None)
         ladder = Ladder(simulation, samples, max_drop=max_drop, task=task)
         if method == "auto":
@@ -118,8 +118,8 @@ def quantize(
         why = reason(error)
         say("fallback", step="quantize", reason=f"quantized as ONNX, because pt2e could not: {why}")
         model, meta = _as_onnx(network, program, stored, rules, opset=opset, preprocessing=preprocessing)
-        ignored = "; float_layers is not heeded there" if float_layers else ""
-        meta["fallback"] = why + ignored
+        ignored = ["float_layers"] * bool(float_layers) + ["method"] * (method != "auto")
+        meta["fallback"] = why + (f"; {' and '.join(ignored)} cannot be heeded there" if ignored else "")
     save(model, path)
     meta["static_batch"] = program.why_static
     meta["nodes"] = dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
@@ -139,8 +139,18 @@ def write(simulation: Simulation, opset: int) -> tuple[onnx.ModelProto, dict[str
     return strip(lower(cast_first(model), opset)), meta
 
 
-def _named(simulation: Simulation, float_layers: Sequence[str]) -> None:
-    names = [layer.name for layer in simulation.layers]
+def check_layers(network: Network, samples: Arrays, float_layers: Sequence[str], *, preprocessing: bool) -> None:
+    """Look before anything is trained whether a network has the layers that are to stay in float.
+
+    Raises:
+        RecipeError: `float_layers` names no layer of the network.
+    """
+    args, specs = graph_inputs(network, samples, preprocessing=preprocessing)
+    _named(capture(network, args, specs, preprocessing=preprocessing), float_layers)
+
+
+def _named(program: Program, float_layers: Sequence[str]) -> None:
+    names = names_of_layers(program)
     for path in float_layers:
         if not any(within(name, {path}) for name in names):
             raise RecipeError(

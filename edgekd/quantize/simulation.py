@@ -425,6 +425,11 @@ def _sites(graph: GraphModule) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def names_of_layers(program: Program) -> tuple[str, ...]:
+    """The paths of a captured network's layers in the user's model."""
+    return tuple(layer_name(node) for node in program.exported.graph.nodes if _is_layer(node))
+
+
 def _is_layer(node: Any) -> bool:
     return isinstance(node, Node) and node.target in CONV | TRANSPOSED | LINEAR
 
