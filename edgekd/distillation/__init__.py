@@ -23,7 +23,7 @@ from edgekd.processes import here
 from edgekd.recipe import loss_table
 from edgekd.types import Augment, Dataset, Json, LossTerm, Part, Say, Task, TrainOptions
 
-VERSION = 2  # of what training does with its options; raised where old weights would no longer be what it makes
+VERSION = 3  # of what training does with its options; raised where old weights would no longer be what it makes
 PROBE_SAMPLES = 64  # that layers are matched on
 
 __all__ = [
