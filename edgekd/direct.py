@@ -20,7 +20,7 @@ from edgekd.errors import DataError, ModelError, RecipeError
 from edgekd.goals import Prune
 from edgekd.models.network import Network
 from edgekd.outcome import Pruning
-from edgekd.recipe import loss_term
+from edgekd.recipe import loss_terms
 from edgekd.store import make_folder
 from edgekd.types import (
     Augment,
@@ -58,7 +58,7 @@ def distill(
     student: nn.Module,
     data: Any,
     *,
-    losses: Sequence[str | Mapping[str, Any] | LossTerm] | None = None,
+    losses: str | Sequence[str | Mapping[str, Any] | LossTerm] | None = None,
     task: str | Task = "classification",
     augment: Augment | None = None,
     mean: Sequence[float] | None = None,
@@ -98,8 +98,7 @@ def distill(
     modules = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
     spec = ModelSpec("teacher", mean=spec.mean, std=spec.std)
     teachers = [Teacher(_network(module, spec, found, built)) for module in modules]
-    asked = distillation.default_losses(built) if losses is None else losses
-    terms = [loss_term(loss, f"losses[{at}]") for at, loss in enumerate(asked)]
+    terms = distillation.default_losses(built) if losses is None else loss_terms(losses)
     with tempfile.TemporaryDirectory(prefix="edgekd-") as scratch:
         work = make_folder(Path(scratch) if out is None else Path(out))
         meta = distillation.distill(

@@ -6,7 +6,7 @@ Relative paths in a recipe are relative to the recipe's own folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -327,6 +327,12 @@ def loss_term(loss: str | Mapping[str, Any] | LossTerm, where: str) -> LossTerm:
         fix = "name the loss that it is for: what `match` chooses brings its own"
         raise RecipeError(f"unknown key '{key}'; {AUTO} takes weight", where=where, fix=fix)
     return LossTerm(Part(part.name, own), weight, pairs)
+
+
+def loss_terms(losses: str | Sequence[str | Mapping[str, Any] | LossTerm]) -> tuple[LossTerm, ...]:
+    """Losses as a Python call names them: one by its name, or several as `loss_term` takes them."""
+    given = [losses] if isinstance(losses, str) else losses
+    return tuple(loss_term(loss, f"losses[{at}]") for at, loss in enumerate(given))
 
 
 def loss_table(term: LossTerm) -> dict[str, Any]:

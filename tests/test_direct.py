@@ -45,6 +45,10 @@ def test_the_losses_that_are_named_are_taken_and_no_others() -> None:
     assert names(distilled(losses=["kd", {"name": "ce", "weight": 0.5}])) == ["kd", "ce"]
 
 
+def test_one_loss_may_be_named_alone() -> None:
+    assert names(distilled(losses="auto")) == ["ce", "kd", "srd"]
+
+
 def test_the_result_tells_how_good_both_are() -> None:
     result = distilled(losses=["kd"])
     assert 0 <= result.accuracy.value <= 1

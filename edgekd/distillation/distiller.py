@@ -15,14 +15,14 @@ from edgekd import plugins
 from edgekd.correspondence import Taps, mask_of
 from edgekd.distillation.objective import build, default_losses
 from edgekd.errors import ModelError
-from edgekd.recipe import loss_term
+from edgekd.recipe import loss_terms
 from edgekd.types import LossTerm, Outputs, Part, Task
 
 
 class Distiller(nn.Module):
     """Runs a student and its teacher on a batch and gives the loss that brings the one to the other.
 
-        distiller = edgekd.Distiller(teacher, student, images, losses=["kd", "ce", "auto"])
+        distiller = edgekd.Distiller(teacher, student, images)
         optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()])
         for images, labels in loader:
             loss = distiller(images, labels=labels)
@@ -52,7 +52,7 @@ class Distiller(nn.Module):
         teacher: nn.Module | Sequence[nn.Module],
         student: nn.Module,
         probe: Any,
-        losses: Sequence[str | Mapping[str, Any] | LossTerm] | None = None,
+        losses: str | Sequence[str | Mapping[str, Any] | LossTerm] | None = None,
         *,
         task: str | Task = "classification",
     ) -> None:
@@ -62,8 +62,7 @@ class Distiller(nn.Module):
         self._teachers = (teacher,) if isinstance(teacher, nn.Module) else tuple(teacher)
         self._student = (student,)
         first, classes = self._teachers[0], self._classes(probe)
-        given = default_losses(self.task) if losses is None else losses
-        terms = [loss_term(loss, f"losses[{at}]") for at, loss in enumerate(given)]
+        terms = default_losses(self.task) if losses is None else loss_terms(losses)
         built = build(first, student, terms, self.task, classes, lambda: probe)
         self.objective, self.correspondence = built.objective, built.correspondence
         if losses is not None and built.notes and not self.objective.student_taps:
