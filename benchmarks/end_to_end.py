@@ -3,10 +3,10 @@
     python benchmarks/end_to_end.py [--student shallow:shallow] [--width 32] [--epochs 60] [--pruned-macs 0.25]
     python benchmarks/end_to_end.py --table
 
-edgekd may do all that it can: `edgekd compress` distils a student (or prunes the teacher, `--pruned-macs`), quantizes
-it and measures. The peers quantize the teacher as it is, which is all that they offer: ONNX Runtime's `quantize_static`
-and NNCF, in each way that their documentation proposes (ptq.py). All files take the same normalised images and are
-timed with one thread of ONNX Runtime, in interleaved rounds of one process.
+edgekd may do all that it can: `edgekd compress` distils a student (or prunes the teacher, `--pruned-macs`) by the
+losses that are its default, quantizes it and measures. The peers quantize the teacher as it is, which is all that they
+offer: ONNX Runtime's `quantize_static` and NNCF, in each way that their documentation proposes (ptq.py). All files take
+the same normalised images and are timed with one thread of ONNX Runtime, in interleaved rounds of one process.
 
 One JSON line a student goes to results/end_to_end.jsonl: accuracies with intervals, paired drops against the fp32
 teacher, latencies, how many times faster the best variant of at most `--max-drop` is than the teacher and than each
@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd import quantize
+from edgekd import distillation, quantize
 from edgekd.bench import accuracy, compare
 
 from ledger import CACHE_GB, DATA, HERE, RESULTS, STORE, Ledger, key  # isort: skip  # a script beside this one
@@ -53,14 +53,6 @@ std = {std}
 
 [student]
 {student}
-
-[[loss]]
-name = "kd"
-weight = 0.9
-temperature = 4.0
-[[loss]]
-name = "ce"
-weight = 0.1
 
 [distill]
 epochs = {epochs}
@@ -111,9 +103,9 @@ def main() -> None:
 def run(asked: argparse.Namespace, ledger: Ledger) -> None:
     """Compress, let the peers quantize the teacher, and time all of it, unless that was done."""
     settings = {
-        "student": student(asked), "epochs": asked.epochs, "views": asked.views, "seed": asked.seed,
-        "learning_rate": asked.learning_rate, "max_drop": asked.max_drop, "quick": asked.quick,
-        "quantize": quantize.VERSION,
+        "student": student(asked), "losses": "auto", "training": distillation.VERSION, "epochs": asked.epochs,
+        "views": asked.views, "seed": asked.seed, "learning_rate": asked.learning_rate, "max_drop": asked.max_drop,
+        "quick": asked.quick, "quantize": quantize.VERSION,
     }  # fmt: skip
     if ledger.find(settings) is not None:
         return

@@ -162,7 +162,10 @@ def environment() -> None:
 
 
 def pictures(data: Path, only: tuple[int, int] | None) -> Path:
-    """The zip file as a folder, since the peers' ImageFolder reads no zip files."""
+    """The zip file as a folder, since the peers' ImageFolder reads no zip files.
+
+    All of it is read once, so that no competitor's first epoch waits for a disk.
+    """
     folder = STORE / ("images" if only is None else "images-quick")
     made = folder / "made"
     if not made.exists():
@@ -176,6 +179,8 @@ def pictures(data: Path, only: tuple[int, int] | None) -> Path:
                 (folder / place).mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(archive.read(name))
         made.touch()
+    for file in folder.rglob("*.*"):
+        file.read_bytes()
     return folder
 
 
