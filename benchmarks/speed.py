@@ -1,6 +1,6 @@
 """Distillation against torchdistill and a plain PyTorch loop: seconds an epoch, and the accuracy after the same epochs.
 
-    python benchmarks/speed.py [--quick] [--student resnet20] [--epochs 6] [--seeds 0 1 2] [--tuned]
+    python benchmarks/speed.py [--quick] [--student resnet20] [--epochs 6] [--seeds 0 1 2] [--competitors …]
 
 The same teacher, initial student, images, batch size, augmentation, optimizer, schedule and loss for all. Each
 competitor is a process that lives through a whole training and waits for its turn; they take turns epoch by epoch, so
@@ -107,7 +107,7 @@ def main() -> None:
     images = pictures(options.data, QUICK if options.quick else None)
     task: Row = TASK | {"student_name": options.student, "epochs": options.epochs, "views": options.views}
     task |= {"threads": options.threads, "quick": options.quick, "run": options.run}
-    names = ["torchdistill", "textbook", *(["textbook-tuned"] if options.tuned else []), "edgekd"]
+    names = list(options.competitors)
     key = hashlib.sha256(json.dumps([task, options.seeds, names], sort_keys=True).encode()).hexdigest()[:12]
     if RESULTS.exists() and any(json.loads(line)["key"] == key for line in RESULTS.read_text().splitlines()):
         sys.exit(f"{RESULTS} has this already ({key}); --run 2 measures it anew")
@@ -140,10 +140,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=3, help="epochs after which augmented views come again (edgekd)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2, help="and cores")
-    parser.add_argument("--tuned", action="store_true", help="also the plain loop in bf16 and channels last")
+    parser.add_argument(
+        "--competitors", nargs="+", default=["torchdistill", "textbook", "edgekd"], choices=list(RUNS), metavar="NAME",
+        help="textbook-tuned is the plain loop in bf16 and channels last; edgekd alone tells its accuracy",
+    )  # fmt: skip
     parser.add_argument("--run", type=int, default=1, help="another number measures the same anew")
     parser.add_argument("--quick", action="store_true", help="3,200 images, one seed, no result kept: whether it runs")
     options = parser.parse_args()
+    if "edgekd" not in options.competitors:
+        parser.error("--competitors: edgekd is what all others are compared with; name it as well")
     options.data = options.data.resolve()
     if options.quick:
         options.seeds = options.seeds[:1]
