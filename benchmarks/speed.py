@@ -1,10 +1,11 @@
 """Distillation against torchdistill and a plain PyTorch loop: seconds an epoch, and the accuracy after the same epochs.
 
-    python benchmarks/speed.py [--quick] [--student resnet20] [--epochs 6] [--seeds 0 1 2] [--competitors …]
+    python benchmarks/speed.py [--quick] [--epochs 6] [--seeds 0 1 2] [--losses default] [--competitors …]
 
-The same teacher, initial student, images, batch size, augmentation, optimizer, schedule and loss for all. Each
-competitor is a process that lives through a whole training and waits for its turn; they take turns epoch by epoch, so
-that a change in the machine's load meets all of them, and ratios are taken within a round. torchdistill runs in its own
+The same teacher, initial student, images, batch size, augmentation, optimizer, schedule and loss for all; with
+`--losses default` edgekd has the losses that it takes where none are named, and the peers keep theirs. Each competitor
+is a process that lives through a whole training and waits for its turn; they take turns epoch by epoch, so that a
+change in the machine's load meets all of them, and ratios are taken within a round. torchdistill runs in its own
 environment (made once in .store/peers/venv: about 6 GB). Killed, the benchmark goes on from the epoch it was in; when
 every seed is done, one JSON line is appended to results/speed.jsonl. The machine should be otherwise idle.
 """
@@ -106,7 +107,7 @@ def main() -> None:
     keep(load_file(teacher), STORE / "teacher")
     images = pictures(options.data, QUICK if options.quick else None)
     task: Row = TASK | {"student_name": options.student, "epochs": options.epochs, "views": options.views}
-    task |= {"threads": options.threads, "quick": options.quick, "run": options.run}
+    task |= {"threads": options.threads, "quick": options.quick, "run": options.run, "losses": options.losses}
     names = list(options.competitors)
     key = hashlib.sha256(json.dumps([task, options.seeds, names], sort_keys=True).encode()).hexdigest()[:12]
     if RESULTS.exists() and any(json.loads(line)["key"] == key for line in RESULTS.read_text().splitlines()):
@@ -138,6 +139,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--student", default="resnet8", choices=["resnet8", "resnet20"])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--views", type=int, default=3, help="epochs after which augmented views come again (edgekd)")
+    parser.add_argument(
+        "--losses", choices=["same", "default"], default="same",
+        help="of edgekd: the peers' kd, or what it distils by unasked, which compares layers as well",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2, help="and cores")
     parser.add_argument(

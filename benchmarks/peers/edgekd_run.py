@@ -14,7 +14,7 @@ import numpy as np
 from task import Settings, Turns
 
 from edgekd.data.imagefolder import imagefolder
-from edgekd.distillation import distill, evaluate
+from edgekd.distillation import default_losses, distill, evaluate
 from edgekd.models import build, weights
 from edgekd.models.network import Network
 from edgekd.tasks.classification import classification
@@ -46,10 +46,9 @@ class Training:
     def run(self) -> dict[str, Json]:
         """Train to the end; what distill tells of it."""
         s = self.settings
-        terms = [
-            LossTerm(Part("kd", {"temperature": s.temperature}), s.kd),
-            LossTerm(Part("ce", {}), s.ce),
-        ]
+        task = classification()
+        same = [LossTerm(Part("kd", {"temperature": s.temperature}), s.kd), LossTerm(Part("ce", {}), s.ce)]
+        terms = default_losses(task) if s.losses == "default" else same
         options = TrainOptions(
             epochs=s.epochs, batch_size=s.batch_size, learning_rate=s.learning_rate, momentum=s.momentum,
             weight_decay=s.weight_decay, schedule="onecycle", ema_decay=0.0, precision=s.precision,
@@ -58,7 +57,7 @@ class Training:
         augment = Augment(crop_pixels=s.crop_pixels, flip=True)
         return distill(
             self.student, self.teacher, self.data, terms, options, augment,
-            task=classification(), seed=s.seed, work=self.work, cache=self.cache, say=self.say,
+            task=task, seed=s.seed, work=self.work, cache=self.cache, say=self.say,
         )  # fmt: skip
 
     def say(self, event: str, /, **fields: Json) -> None:
