@@ -1,6 +1,6 @@
 """CIFAR-10 end to end against peers: the best variant of ResNet-56 that loses a point at most, and the peers' int8.
 
-    python benchmarks/end_to_end.py [--student shallow:shallow] [--width 32] [--epochs 60] [--pruned-macs 0.25]
+    python benchmarks/end_to_end.py [--student shallow:shallow] [--width 32] [--epochs 40] [--pruned-macs 0.25]
     python benchmarks/end_to_end.py --table
 
 edgekd may do all that it can: `edgekd compress` distils a student (or prunes the teacher, `--pruned-macs`) by the
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--student", default="shallow:shallow", help="a model as a recipe names it; shallow.py is one")
     parser.add_argument("--width", type=int, default=32, help="channels of its first stage")
     parser.add_argument("--pruned-macs", type=float, help="prune the teacher to this part of its MACs instead")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--views", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=0.2)
     parser.add_argument("--max-drop", type=float, default=0.01)
