@@ -270,7 +270,9 @@ def test_a_class_in_one_split_only_is_named(tmp_path: Path) -> None:
     assert "a class is in test/ and not in train/: 'doge'" in message
     assert "did you mean 'dog'?" in message
     tree(tmp_path / "y", "train/cat", "train/dog", "test/cat")
-    assert "a class is in train/ and not in test/: 'dog'" in error(tmp_path / "y")
+    message = error(tmp_path / "y")
+    assert "a class is in train/ and not in test/: 'dog'" in message
+    assert "Give test/ images of the same classes, or take them out of train/." in message
 
 
 def test_test_folder_without_train_and_a_single_class(tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def _same_classes(train: Sequence[str], test: Sequence[str], roots: tuple[str, s
                 f"{count} in {root}/ and not in {other}/: {listed([repr(name) for name in alone])}",
                 where=where,
                 nearest=nearest(alone[0], there),
+                fix=f"give {other}/ images of the same classes, or take them out of {root}/",
             )
 
 
