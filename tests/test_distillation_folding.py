@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from edgekd.correspondence import Tap, Taps
 from edgekd.distillation.folding import folded
 from edgekd.models import adopted, build
 from edgekd.models.network import Network
@@ -75,6 +76,43 @@ def test_says_the_same_without_normalisation(name: str) -> None:
     assert (found(images(20)["image"]) - expected).abs().max() < 1e-4 * expected.abs().max()
     assert all(torch.equal(value, state[key]) for key, value in of.state_dict().items())
     assert not any(module._forward_hooks for module in [*of.modules(), *found.modules()])
+
+
+@pytest.mark.parametrize(
+    ("paths", "left"), [(["layer3", "linear:in"], 0), (["layer1.0.conv2", "layer2"], 1), (["layer1.0.bn2"], 1)]
+)
+def test_what_is_tapped_stays_the_same(paths: list[str], left: int) -> None:
+    torch.manual_seed(0)
+    of = settled(build(ModelSpec("resnet20"), classes=4, inputs=IMAGES, images=True))
+    taps = [Tap(path, "BC" if ":in" in path else "BCHW", (), 0, 0.0, None) for path in paths]
+    found = folded(of, images(), taps)
+    assert normalisations(found) == left
+    with Taps(of, taps) as theirs, Taps(found, taps) as ours:
+        of(images(20)["image"])
+        found(images(20)["image"])
+        for expected, value in zip(theirs.take().values(), ours.take().values(), strict=True):
+            assert (value - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not any(module._forward_hooks for module in [*of.modules(), *found.modules()])
+
+
+class Apart(nn.Module):
+    """conv → batch norm, the former in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal: Tensor = self.bn(self.stem(x))
+        return normal.mean((2, 3))
+
+
+def test_a_tap_that_folding_would_change() -> None:
+    """The layer that is tapped gives what the convolution in it gives."""
+    of = network(Apart())
+    assert folded(of, images()) is not of
+    assert folded(of, images(), [Tap("stem", "BCHW", (), 0, 0.0, None)]) is of
 
 
 def test_timm() -> None:

@@ -62,8 +62,9 @@ class Answers:
 
     def choose(self, kept: Mapping[str, Json] | None, first: Step) -> None:
         """Decide how the teacher computes: as a checkpoint says, as its cache was filled, or by a measurement."""
-        if not self._tap_list:  # a tap may be on a layer that folding changes
-            self._frozen = self._called = folded(self.network, first.inputs)
+        self._taps.close()  # or the copy would have these hooks, too
+        self._frozen = self._called = folded(self.network, first.inputs, self._tap_list)
+        self._taps = Taps(self._frozen, self._tap_list)
         if kept is not None:
             facts: dict[str, Any] = dict(kept)
             self._asked_for, self._recalled = facts.pop("asked", 0), facts.pop("recalled", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
+from edgekd.correspondence import Tap, Taps
+from edgekd.correspondence.taps import inner, places
 from edgekd.distillation.logits import forward
 from edgekd.distillation.samples import Inputs
 from edgekd.models.network import Network
@@ -19,7 +22,7 @@ _PROBED = 16  # samples on which the two are compared
 _TOLERANCE = 1e-4  # of the largest output; folding moves the last digits of float32 (measured: 2e-6 for ResNet-56)
 
 
-def folded(network: Network, inputs: Inputs) -> Network:
+def folded(network: Network, inputs: Inputs, taps: Sequence[Tap] = ()) -> Network:
     """A copy of a network in eval mode that computes the same with fewer passes; the network itself if there is none.
 
     A convolution's weights take in the normalisation that is the next to read its output: γ / sqrt(σ² + ε) · w (Jacob
@@ -29,9 +32,11 @@ def folded(network: Network, inputs: Inputs) -> Network:
     Args:
         network: what is copied; it is left as it is, and so are its hooks.
         inputs: real samples to try both with.
+        taps: what is taken from inside, which has to be the same as well. What is tapped itself is not folded.
     """
     some = {name: value[:_PROBED] for name, value in inputs.items()}
-    pairs = _pairs(network, some)
+    tapped = {inner(network).get_submodule(place.module) for tap in taps for place in places(tap.path)}
+    pairs = [pair for pair in _pairs(network, some) if tapped.isdisjoint(map(network.get_submodule, pair))]
     if not pairs:
         return network
     try:
@@ -42,10 +47,16 @@ def folded(network: Network, inputs: Inputs) -> Network:
         modules: Any = [copied.get_submodule(path) for path in (convolution, normalisation)]
         _replace(copied, convolution, fuse_conv_bn_eval(*modules))
         _replace(copied, normalisation, nn.Identity())
-    with torch.no_grad():
-        expected, found = forward(network, some), forward(copied, some)
-    apart = (expected - found).abs().max()
-    return copied if bool(apart <= _TOLERANCE * expected.abs().max()) else network
+    both = zip(_given(network, some, taps), _given(copied, some, taps), strict=True)
+    alike = [bool((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max()) for theirs, ours in both]
+    return copied if all(alike) else network
+
+
+def _given(network: Network, inputs: Inputs, taps: Sequence[Tap]) -> list[Tensor]:
+    """A network's output and what is tapped."""
+    with Taps(network, taps) as hooks, torch.no_grad():
+        output = forward(network, inputs)
+        return [output, *hooks.take().values()]
 
 
 def _pairs(network: Network, inputs: Inputs) -> list[tuple[str, str]]:
