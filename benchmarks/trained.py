@@ -95,7 +95,7 @@ _ADAM = replace(OPTIONS, optimizer="adamw", learning_rate=0.003, weight_decay=0.
 TRAINEES: Mapping[str, Trainee] = {
     # Its depthwise convolutions are faster in fp32, the teacher is not: "auto" lets each have what it is faster in.
     "mobilenetv3_small": Trainee(replace(_ADAM, epochs=12, precision="auto"), mobilenetv3_small),
-    "mobilenetv2": Trainee(replace(_ADAM, epochs=6, precision="bf16"), mobilenetv2),
+    "mobilenetv2": Trainee(replace(OPTIONS, epochs=8, learning_rate=0.1, precision="bf16"), mobilenetv2),
     "resnet20": Trainee(replace(OPTIONS, epochs=8, learning_rate=0.2, precision="bf16")),
     "vit": Trainee(replace(_ADAM, epochs=6, learning_rate=0.002, weight_decay=0.05, precision="bf16"), vit),
 }
