@@ -329,6 +329,9 @@ def test_auto_stands_for_the_losses_that_match_chooses() -> None:
         (term.part.name, 0.5 * term.weight, term.pairs) for term in chosen
     ]
     assert list(found.objective.parameters())
+    named = built(list(found.terms)).objective
+    assert str(named) == str(found.objective)
+    assert all(torch.equal(a, b) for a, b in zip(named.parameters(), found.objective.parameters(), strict=True))
 
 
 def test_auto_alone_stands_for_the_losses_of_outputs_too() -> None:

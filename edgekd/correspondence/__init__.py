@@ -52,6 +52,11 @@ class Correspondence:
         used = [pair for pair in self.pairs if pair.weight]
         return table.grouped((Part(pair.loss, pair.options), pair.weight, pair.paths) for pair in used)
 
+    def pairs_of(self, term: LossTerm) -> tuple[Pair, ...]:
+        """The pairs of one of its `terms`; none of another term."""
+        of_loss = [pair for pair in self.pairs if (pair.loss, pair.options) == (term.part.name, term.part.options)]
+        return tuple(pair for pair in of_loss if pair.paths in (term.pairs or ()))
+
     def table(self) -> str:
         """A line a pair. Loss and weight may be edited, and the text read back by `table.read`."""
         return table.write(self.pairs, (f"family: {self.family}", *self.notes))

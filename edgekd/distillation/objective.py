@@ -251,21 +251,25 @@ def build(
     """
     if not terms:
         raise RecipeError("there is no loss to distil with", where="loss", fix='add [[loss]] with name = "kd"')
-    spelt: list[LossTerm] = []
+    spelt: list[tuple[LossTerm, tuple[Pair, ...] | None]] = []  # None: its pairs have to be resolved
     autos = [term for term in terms if term.part.name == AUTO]
     chosen, found, notes = _chosen(teacher, student, task, probe, len(autos) == len(terms)) if autos else ((), None, ())
     for at, term in enumerate(terms):
         if term.part.name == AUTO:
-            spelt += [replace(each, weight=each.weight * term.weight) for each in chosen]
+            for each in chosen:
+                of_layers = found.pairs_of(each) if found is not None else ()
+                spelt.append((replace(each, weight=each.weight * term.weight), of_layers))
             continue
         names = asks(plugins.bind("losses", term.part, where=f"loss[{at}]"), f"loss[{at}]")
         _check_layers(term.part.name, names, bool(term.pairs), f"loss[{at}]")
-        spelt.append(term)
+        spelt.append((term, None))
     bound: list[Term] = []
     explicit: list[LossTerm] = []
-    compared = any(term.pairs or of_features(plugins.bind("losses", term.part)) for term in spelt)
-    pairs = correspondence.resolve(teacher, student, probe(), spelt) if compared else [()] * len(spelt)
-    for term, on in zip(spelt, pairs, strict=True):
+    named = [term for term, on in spelt if on is None]
+    compared = any(term.pairs or of_features(plugins.bind("losses", term.part)) for term in named)
+    resolved = iter(correspondence.resolve(teacher, student, probe(), named) if compared else [()] * len(named))
+    for term, known in spelt:
+        on = next(resolved) if known is None else known
         # the options of a pair may follow from its layers: those that differ in them are terms of their own
         own = grouped((Part(term.part.name, pair.options), term.weight, pair.paths) for pair in on) or (term,)
         for each in own:
