@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import signal
 import sys
@@ -98,6 +99,8 @@ class Turns:
         self._out: TextIO = sys.stdout
         sys.stdout = sys.stderr
         self._began_s = 0.0
+        # The compiler, which the first optimizer makes torch import: a second and a half that no epoch should wait for.
+        importlib.import_module("torch._dynamo")
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: not to go on when the driver is killed
 
     def tell(self, event: str, **more: object) -> None:
