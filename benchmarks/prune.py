@@ -36,10 +36,17 @@ from edgekd.training import School, Subject
 from edgekd.types import Backend
 
 from ledger import CACHE_GB, DATA, RESULTS, STORE, Ledger  # isort: skip  # scripts beside this one
-from quality import KD, MEAN, STD, quiet  # isort: skip
+from quality import MEAN, STD, quiet  # isort: skip
 
 LEDGER = Ledger(RESULTS / "prune.jsonl")
 VIEWS = 6  # of every image, as quality.py and takd.py have them: what the teacher says of them is shared
+LOSSES: list[
+    dict[str, Any]
+] = [  # as edgekd compares convolutional networks unasked, with the pairs of pruned ones named
+    {"name": "ce"},
+    {"name": "kd", "temperature": 1.0},
+    {"name": "srd", "weight": 2.0, "pairs": [["layer3", "layer3"], ["linear:in", "linear:in"]]},
+]
 GOALS = {0.5: 0.005, 0.25: 0.015}  # part of the MACs → accuracy that may be lost
 HOST = targets.load("host")
 
@@ -79,7 +86,7 @@ def made_of(asked: argparse.Namespace, part: float, seed: int) -> Recipe:
             "macs": part, "importance": asked.importance, "global_ranking": not asked.local,
             "round_to": asked.round_to, "epochs": asked.round_epochs,
         },
-        "loss": KD,
+        "loss": LOSSES,
         "distill": {
             "epochs": asked.epochs, "learning_rate": asked.learning_rate, "precision": "bf16",
             "threads": asked.threads, "views": VIEWS, "cache_gb": CACHE_GB, "compile": "off",
@@ -95,7 +102,7 @@ def make(asked: argparse.Namespace, part: float, seed: int) -> None:
     kept = {key: value for key, value in asdict(recipe.distill).items() if key not in ("threads", "cache_gb")}
     settings = {
         "model": "resnet56", "part": part, "seed": seed, "prune": asdict(recipe.prune) if recipe.prune else None,
-        "losses": KD, "distill": kept, "augment": asdict(recipe.augment), "pruning": VERSION,
+        "losses": LOSSES, "distill": kept, "augment": asdict(recipe.augment), "pruning": VERSION,
     }  # fmt: skip
     if LEDGER.find(settings) is not None:
         return

@@ -10,9 +10,10 @@ the fp32 network on the same runtime. Files that run on ONNX Runtime are timed a
 interleaved rounds of one process; what runs on its own runtime alone (OpenVINO's IR, LiteRT) tells its own fp32 time
 beside it.
 
-One JSON line for each network and tool goes to results/ptq.jsonl, one for each network's latencies to
-results/ptq-latency.jsonl; what is there with the same settings is not done again. The peers' environments are made once
-in benchmarks/.store/peers (ptq_peers/requirements-*.txt: 0.7 and 6 GB); trained.py must have run.
+One JSON line for each network and tool goes to results/ptq.jsonl, one for each network's latencies, and for ours beside
+the best of all peers' ways on the same images, to results/ptq-latency.jsonl; what is there with the same settings is
+not done again. The peers' environments are made once in benchmarks/.store/peers (ptq_peers/requirements-*.txt: 0.7 and
+6 GB); trained.py must have run.
 """
 
 from __future__ import annotations
@@ -222,7 +223,29 @@ class Bench:
         if times.find(settings) is not None and not again:
             return
         timed = timings(found, self.sample, quick=quick)
-        times.add(settings, **timed, quick=quick)
+        times.add(settings, **timed, quick=quick, against_best=self.against_best(ledger))
+
+    def against_best(self, ledger: Ledger) -> dict[str, Any] | None:
+        """What our file loses more than the best of all peers' ways, paired on the test images."""
+        rows = {tool: ledger.find(self.settings(tool)) for tool in ENVIRONMENTS}
+        peers = peers_drops({tool: row for tool, row in rows.items() if row})
+        if not peers:
+            return None
+        tool, _, variant = min(peers, key=peers.__getitem__).partition(" ")
+        row = rows[tool]
+        assert row is not None
+        task, truth = self.cifar.task, accuracy.labels(self.cifar.data.test)
+        theirs = task.scores(self.logits(tool, variant, row["variants"][variant]), truth)
+        ours = task.scores(self.logits("edgekd", "auto", {"file": "auto.onnx"}), truth)
+        return {"peer": f"{tool} {variant}", "lost_more": asdict(accuracy.drop(theirs, ours))}
+
+    def logits(self, tool: str, variant: str, told: Mapping[str, Any]) -> np.ndarray:
+        """What a variant says of the test images; that of a runtime of its own is kept beside it."""
+        if "file" in told:
+            images = np.load(self.store / "ptq" / "test.npy", mmap_mode="r")
+            return outputs(self.folder / tool / told["file"], images)
+        kept: np.ndarray = np.load(self.folder / tool / f"{variant.partition(' ')[0]}.npy")
+        return kept
 
 
 def times_of(files: Mapping[str, Path], sample: Arrays, *, quick: bool) -> latency.Timing:
@@ -341,23 +364,32 @@ def table(rows: Sequence[dict[str, Any]], times: Sequence[dict[str, Any]]) -> st
     return "\n".join([*lines, "", *goals(last, timed)])
 
 
+def peers_drops(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """By "tool variant", what every quantized variant of the peers lost."""
+    return {
+        f"{tool} {name}": each["drop"]["value"]
+        for tool, row in rows.items()
+        for name, each in row["variants"].items()
+        if "drop" in each and not name.startswith("fp32")
+    }
+
+
 def goals(last: Mapping[tuple[str, str], dict[str, Any]], timed: Mapping[str, dict[str, Any]]) -> list[str]:
     """Ours against the best way of the best peer, network by network: drop, then latency on ONNX Runtime."""
-    lines = ["| network | fp32 | our drop | best peer's | which | ours / fastest peer | which | ours / fp32 | load |"]
-    lines.append("|---" * 9 + "|")
+    lines = ["| network | fp32 | our drop | best peer's | which | we lose more (95 %) | ours / fastest peer | which |"]
+    lines[0] += " ours / fp32 | load |"
+    lines.append("|---" * 10 + "|")
     for model in dict.fromkeys(model for model, _ in last):
         ours = last.get((model, "edgekd"), {"variants": {}})["variants"].get("auto")
-        peers = {
-            f"{tool} {name}": each["drop"]["value"]
-            for (of, tool), row in last.items()
-            for name, each in row["variants"].items()
-            if of == model and tool != "edgekd" and "drop" in each and not name.startswith("fp32")
-        }
+        peers = peers_drops({tool: row for (of, tool), row in last.items() if of == model and tool != "edgekd"})
         if ours is None or not peers:
             continue
         best = min(peers, key=peers.__getitem__)
         cells = [model, f"{100 * ours['fp32']:.2f}", f"{100 * ours['drop']['value']:+.2f}"]
         cells += [f"{100 * peers[best]:+.2f}", best]
+        against = timed.get(model, {}).get("against_best")
+        lost = Interval(**against["lost_more"]) if against and against["peer"] == best else None
+        cells.append(f"{100 * lost.value:+.2f} ({100 * lost.low:+.2f} … {100 * lost.high:+.2f})" if lost else "")
         speeds = timed.get(model, {"p50_ms": {}, "ours_over": {}})
         known = {name: ms for name, ms in speeds["p50_ms"].items() if name in peers}
         fastest = min(known, key=known.__getitem__, default=None)
