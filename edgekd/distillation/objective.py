@@ -257,8 +257,9 @@ def build(
     for at, term in enumerate(terms):
         if term.part.name == AUTO:
             for each in chosen:
+                weighted = replace(each, weight=each.weight * term.weight)
                 of_layers = found.pairs_of(each) if found is not None else ()
-                spelt.append((replace(each, weight=each.weight * term.weight), of_layers))
+                spelt.append((weighted, tuple(replace(pair, weight=weighted.weight) for pair in of_layers)))
             continue
         names = asks(plugins.bind("losses", term.part, where=f"loss[{at}]"), f"loss[{at}]")
         _check_layers(term.part.name, names, bool(term.pairs), f"loss[{at}]")
