@@ -1,6 +1,6 @@
 """Pruning and distillation on CIFAR-10: ResNet-56 at 50 % and 25 % of its multiply-accumulates.
 
-    python benchmarks/prune.py [--parts 0.5 0.25] [--seeds 0] [--epochs 8] [--round-epochs 1]
+    python benchmarks/prune.py [--parts 0.5 0.25] [--seeds 0] [--epochs 8] [--losses layers]
     python benchmarks/prune.py --table
 
 Each student is made as a recipe with model = "pruned" makes it, in rounds; every round is a step of a store, so that
@@ -36,17 +36,18 @@ from edgekd.training import School, Subject
 from edgekd.types import Backend
 
 from ledger import CACHE_GB, DATA, RESULTS, STORE, Ledger  # isort: skip  # scripts beside this one
-from quality import MEAN, STD, quiet  # isort: skip
+from quality import KD, MEAN, STD, quiet  # isort: skip
 
 LEDGER = Ledger(RESULTS / "prune.jsonl")
 VIEWS = 6  # of every image, as quality.py and takd.py have them: what the teacher says of them is shared
-LOSSES: list[
-    dict[str, Any]
-] = [  # as edgekd compares convolutional networks unasked, with the pairs of pruned ones named
-    {"name": "ce"},
-    {"name": "kd", "temperature": 1.0},
-    {"name": "srd", "weight": 2.0, "pairs": [["layer3", "layer3"], ["linear:in", "linear:in"]]},
-]
+LOSSES: dict[str, list[dict[str, Any]]] = {
+    "outputs": KD,  # as `auto` has it of a pruned copy
+    "layers": [  # as `auto` has it of two convolutional networks
+        {"name": "ce"},
+        {"name": "kd", "temperature": 1.0},
+        {"name": "srd", "weight": 2.0, "pairs": [["layer3", "layer3"], ["linear:in", "linear:in"]]},
+    ],
+}
 GOALS = {0.5: 0.005, 0.25: 0.015}  # part of the MACs → accuracy that may be lost
 HOST = targets.load("host")
 
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--round-epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=0.05)
+    parser.add_argument("--losses", default="outputs", choices=list(LOSSES))
     parser.add_argument("--importance", default="taylor")
     parser.add_argument("--local", action="store_true", help="each layer loses the same part")
     parser.add_argument("--round-to", type=int, default=8)
@@ -86,7 +88,7 @@ def made_of(asked: argparse.Namespace, part: float, seed: int) -> Recipe:
             "macs": part, "importance": asked.importance, "global_ranking": not asked.local,
             "round_to": asked.round_to, "epochs": asked.round_epochs,
         },
-        "loss": LOSSES,
+        "loss": LOSSES[asked.losses],
         "distill": {
             "epochs": asked.epochs, "learning_rate": asked.learning_rate, "precision": "bf16",
             "threads": asked.threads, "views": VIEWS, "cache_gb": CACHE_GB, "compile": "off",
@@ -102,7 +104,7 @@ def make(asked: argparse.Namespace, part: float, seed: int) -> None:
     kept = {key: value for key, value in asdict(recipe.distill).items() if key not in ("threads", "cache_gb")}
     settings = {
         "model": "resnet56", "part": part, "seed": seed, "prune": asdict(recipe.prune) if recipe.prune else None,
-        "losses": LOSSES, "distill": kept, "augment": asdict(recipe.augment), "pruning": VERSION,
+        "losses": LOSSES[asked.losses], "distill": kept, "augment": asdict(recipe.augment), "pruning": VERSION,
     }  # fmt: skip
     if LEDGER.find(settings) is not None:
         return
@@ -169,13 +171,14 @@ def _seconds(store: Path, student: Source) -> float:
 def table() -> str:
     """What every student lost, and what it gained."""
     lines = [
-        "| MACs | parameters | accuracy | drop in points (95 %) | goal | before distilling | faster on the runtime |",
-        "|---|---|---|---|---|---|---|",
+        "| MACs | parameters | losses | accuracy | drop, points (95 %) | goal | before distilling | faster |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in LEDGER.rows():
         drop, goal = row["drop"], GOALS.get(row["settings"]["part"])
+        losses = " + ".join(f"{each.get('weight', 1):g} {each['name']}" for each in row["settings"]["losses"])
         lines.append(
-            f"| {row['macs']:.1%} | {row['parameters']:.1%} | {row['accuracy']['value']:.4f} "
+            f"| {row['macs']:.1%} | {row['parameters']:.1%} | {losses} | {row['accuracy']['value']:.4f} "
             f"(teacher {row['teacher']['value']:.4f}) | {100 * drop['value']:+.2f} "
             f"({100 * drop['low']:+.2f} to {100 * drop['high']:+.2f}) | {f'{100 * goal:.1f}' if goal else ''} | "
             f"{row['cut']['value']:.4f} | {1 / row['latency']['ratio']:.2f}× (MACs {1 / row['macs']:.2f}×) |"
