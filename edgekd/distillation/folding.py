@@ -18,7 +18,7 @@ from edgekd.distillation.logits import forward
 from edgekd.distillation.samples import Inputs
 from edgekd.models.network import Network
 
-_PROBED = 16  # samples on which the two are compared
+PROBED = 16  # samples on which the two are compared
 _TOLERANCE = 1e-4  # of the largest output; folding moves the last digits of float32 (measured: 2e-6 for ResNet-56)
 
 
@@ -34,9 +34,9 @@ def folded(network: Network, inputs: Inputs, taps: Sequence[Tap] = ()) -> Networ
         inputs: real samples to try both with.
         taps: what is taken from inside, which has to be the same as well. What is tapped itself is not folded.
     """
-    some = {name: value[:_PROBED] for name, value in inputs.items()}
-    tapped = {inner(network).get_submodule(place.module) for tap in taps for place in places(tap.path)}
-    pairs = [pair for pair in _pairs(network, some) if tapped.isdisjoint(map(network.get_submodule, pair))]
+    some = {name: value[:PROBED] for name, value in inputs.items()}
+    fixed = tapped(network, taps)
+    pairs = [pair for pair in _pairs(network, some) if fixed.isdisjoint(map(network.get_submodule, pair))]
     if not pairs:
         return network
     try:
@@ -46,10 +46,20 @@ def folded(network: Network, inputs: Inputs, taps: Sequence[Tap] = ()) -> Networ
     for convolution, normalisation in pairs:
         modules: Any = [copied.get_submodule(path) for path in (convolution, normalisation)]
         _replace(copied, convolution, fuse_conv_bn_eval(*modules))
-        _replace(copied, normalisation, nn.Identity())
-    both = zip(_given(network, some, taps), _given(copied, some, taps), strict=True)
-    alike = [bool((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max()) for theirs, ours in both]
-    return copied if all(alike) else network
+        _replace(copied, normalisation, _left_of(modules[1]))
+    return copied if alike(network, copied, inputs, taps) else network
+
+
+def alike(network: Network, changed: Network, inputs: Inputs, taps: Sequence[Tap]) -> bool:
+    """Whether two networks give the same, but for the last digits: their outputs, and what is tapped."""
+    some = {name: value[:PROBED] for name, value in inputs.items()}
+    both = zip(_given(network, some, taps), _given(changed, some, taps), strict=True)
+    return all(bool((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max()) for theirs, ours in both)
+
+
+def tapped(network: Network, taps: Sequence[Tap]) -> set[nn.Module]:
+    """The modules whose inputs or outputs are taken."""
+    return {inner(network).get_submodule(place.module) for tap in taps for place in places(tap.path)}
 
 
 def _given(network: Network, inputs: Inputs, taps: Sequence[Tap]) -> list[Tensor]:
@@ -92,9 +102,19 @@ _NORMALISATIONS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def _plain(module: nn.Module) -> bool:
     """A convolution whose weight is its own, or a normalisation that does nothing else and knows its statistics."""
-    if type(module) in _NORMALISATIONS:
+    if type(module) in _NORMALISATIONS or _has_activation(module):
         return module.running_mean is not None
     return isinstance(module, _CONVOLUTIONS) and not is_parametrized(module) and not module._forward_pre_hooks
+
+
+def _has_activation(module: nn.Module) -> bool:
+    """Whether it is timm's normalisation with an activation in the same module."""
+    return type(module).__name__ == "BatchNormAct2d" and isinstance(module, nn.BatchNorm2d)
+
+
+def _left_of(normalisation: nn.Module) -> nn.Module:
+    """What is still to be done when a normalisation is not needed any more."""
+    return normalisation.get_submodule("act") if _has_activation(normalisation) else nn.Identity()
 
 
 def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
