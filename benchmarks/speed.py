@@ -1,9 +1,9 @@
 """Distillation against torchdistill and a plain PyTorch loop: seconds an epoch, and the accuracy after the same epochs.
 
-    python benchmarks/speed.py [--quick] [--epochs 6] [--seeds 0 1 2] [--losses default] [--competitors …]
+    python benchmarks/speed.py [--quick] [--epochs 6] [--seeds 0 1 2] [--losses …] [--competitors …]
 
 The same teacher, initial student, images, batch size, augmentation, optimizer, schedule and loss for all; with
-`--losses default` edgekd has the losses that it takes where none are named, and the peers keep theirs. Each competitor
+`--losses penultimate` or `default` edgekd compares features as well, and the peers keep their loss. Each competitor
 is a process that lives through a whole training and waits for its turn; they take turns epoch by epoch, so that a
 change in the machine's load meets all of them, and ratios are taken within a round. torchdistill runs in its own
 environment (made once in .store/peers/venv: about 6 GB). Killed, the benchmark goes on from the epoch it was in; when
@@ -140,8 +140,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--views", type=int, default=3, help="epochs after which augmented views come again (edgekd)")
     parser.add_argument(
-        "--losses", choices=["same", "default"], default="same",
-        help="of edgekd: the peers' kd, or what it distils by unasked, which compares layers as well",
+        "--losses", choices=["same", "penultimate", "default"], default="same",
+        help="of edgekd: the peers' kd; ce + kd + srd on the input of the head; what it distils by unasked, which "
+        "compares the last maps as well",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2, help="and cores")

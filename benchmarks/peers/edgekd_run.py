@@ -18,7 +18,7 @@ from edgekd.distillation import default_losses, distill, evaluate
 from edgekd.models import build, weights
 from edgekd.models.network import Network
 from edgekd.tasks.classification import classification
-from edgekd.types import Augment, Dataset, Json, LossTerm, ModelSpec, Part, TrainOptions
+from edgekd.types import Augment, Dataset, Json, LossTerm, ModelSpec, Part, Task, TrainOptions
 
 CALIBRATION = 10  # edgekd holds out at least one training image a class; the others train on these ten as well
 
@@ -47,8 +47,6 @@ class Training:
         """Train to the end; what distill tells of it."""
         s = self.settings
         task = classification()
-        same = [LossTerm(Part("kd", {"temperature": s.temperature}), s.kd), LossTerm(Part("ce", {}), s.ce)]
-        terms = default_losses(task) if s.losses == "default" else same
         options = TrainOptions(
             epochs=s.epochs, batch_size=s.batch_size, learning_rate=s.learning_rate, momentum=s.momentum,
             weight_decay=s.weight_decay, schedule="onecycle", ema_decay=0.0, precision=s.precision,
@@ -56,9 +54,19 @@ class Training:
         )  # fmt: skip
         augment = Augment(crop_pixels=s.crop_pixels, flip=True)
         return distill(
-            self.student, self.teacher, self.data, terms, options, augment,
+            self.student, self.teacher, self.data, self.terms(task), options, augment,
             task=task, seed=s.seed, work=self.work, cache=self.cache, say=self.say,
         )  # fmt: skip
+
+    def terms(self, task: Task) -> tuple[LossTerm, ...]:
+        """The loss: the peers', or one that compares features as well."""
+        s = self.settings
+        if s.losses == "default":
+            return default_losses(task)
+        if s.losses == "penultimate":
+            head = LossTerm(Part("srd", {}), 2.0, pairs=(("linear:in", "linear:in"),))
+            return LossTerm(Part("ce", {})), LossTerm(Part("kd", {"temperature": 1.0})), head
+        return LossTerm(Part("kd", {"temperature": s.temperature}), s.kd), LossTerm(Part("ce", {}), s.ce)
 
     def say(self, event: str, /, **fields: Json) -> None:
         """An epoch is told to the driver; the next one waits for its turn."""

@@ -47,7 +47,7 @@ class Settings:
     source: str = ""  # edgekd: the zip file or folder
     cache: str = ""  # edgekd: where teacher outputs are kept
     views: int = 0  # edgekd
-    losses: Literal["same", "default"] = "same"  # edgekd: the loss of all, or what it distils by unasked
+    losses: Literal["same", "penultimate", "default"] = "same"  # edgekd: the loss of all, or as ../speed.py says
     precision: Literal["auto", "fp32", "bf16"] = "fp32"  # edgekd
 
     @classmethod
