@@ -16,8 +16,8 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from edgekd.errors import EdgekdError, PartError, nearest
 from edgekd.types import Part
 
 
-def names(kind: str) -> dict[str, str]:
+@cache
+def names(kind: str) -> Mapping[str, str]:
     """Every part of `kind` that is installed: name → module, found without importing any of them."""
     found: dict[str, str] = {}
     for file in sorted((Path(__file__).parent / kind).glob("[a-z]*.py")):

@@ -164,14 +164,17 @@ def test_ptq_table(tmp_path: Path) -> None:
         "settings": {"model": "net"}, "load": 3.5,
         "p50_ms": {"fp32": 2.0, "edgekd auto": 0.8, "ort minmax": 1.0, "ort entropy": 3.0},
         "ours_over": dict.fromkeys(("fp32", "ort minmax", "ort entropy"), ratio),
-        "against_best": {"peer": "ort entropy", "lost_more": {"value": -0.005, "low": -0.01, "high": 0.0, "n": 100}},
     }  # fmt: skip
+    lost = {"value": -0.005, "low": -0.01, "high": 0.0, "n": 100}
+    against = {"settings": {"model": "net"}, "peer": "ort entropy", "lost_more": lost, "lost_more_than_picked": lost}
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     (tmp_path / "latencies.jsonl").write_text(json.dumps(times) + "\n")
-    _, printed = run("ptq.py", tmp_path, "--table", "--latencies", str(tmp_path / "latencies.jsonl"))
+    (tmp_path / "against.jsonl").write_text(json.dumps(against) + "\n")
+    files = ("--latencies", str(tmp_path / "latencies.jsonl"), "--against", str(tmp_path / "against.jsonl"))
+    _, printed = run("ptq.py", tmp_path, "--table", *files)
     assert "| net | ort linear | failed: no such operator |" in printed
     # The best peer loses least; the fastest one need not be the same.
-    beside = "-0.50 (-1.00 … +0.00) | 0.80, faster | ort minmax | 0.80, faster | 3.5 |"
+    beside = "-0.50 (-1.00 … +0.00) | -0.50 (-1.00 … +0.00) | 0.80, faster | ort minmax | 0.80, faster | 3.5 |"
     assert f"| net | 80.00 | +0.50 | +1.00 | ort entropy | {beside}" in printed
 
 
