@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from edgekd.correspondence import Tap
 from edgekd.correspondence.taps import inner
-from edgekd.distillation.folding import alike, tapped
+from edgekd.distillation.folding import PROBED, alike, tapped
+from edgekd.distillation.logits import forward
 from edgekd.distillation.samples import Inputs
 from edgekd.models.network import Network
 
@@ -43,9 +44,12 @@ def fused(network: Network, inputs: Inputs, taps: Sequence[Tap] = ()) -> Network
         return network
     fixed = tapped(copied, taps)
     changed = [_rewritten(module, fixed) for module in list(inner(copied).modules())]
+    if not any(changed):
+        return network
     try:
-        return copied if any(changed) and alike(network, copied, inputs, taps) else network
-    except RuntimeError:  # of tensors that are added, but not of one shape
+        _tried_in_bf16(copied, inputs)
+        return copied if alike(network, copied, inputs, taps) else network
+    except (RuntimeError, TypeError, AttributeError):  # of shapes it cannot add, or of a torch with other private calls
         return network
 
 
@@ -84,6 +88,11 @@ class _Shallow(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+
+def _tried_in_bf16(network: Network, inputs: Inputs) -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        forward(network, {name: value[:PROBED] for name, value in inputs.items()})
 
 
 def _able(network: Network) -> bool:
