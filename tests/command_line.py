@@ -16,3 +16,10 @@ def call(*words: str) -> int:
         with pytest.raises(SystemExit) as left:
             cli.main()
     return int(left.value.code or 0)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of `edgekd WORDS`."""
+    code = call(*words)
+    found = capsys.readouterr()
+    return code, found.out, found.err

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from disk import mount
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,3 +19,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("real data not present: ../shared/data (see CONTRIBUTING.md)")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 100 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = mount("-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder))
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command_line import call
+from disk import mount
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -182,24 +182,8 @@ def test_a_file_where_the_run_folder_should_be_is_told(place: Path, capsys: pyte
     assert "a file stands where a folder is needed" in _refused(capsys, "--out", "out")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 100 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = _mount("-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder))
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def _mount(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["mount", *words], check=False, capture_output=True, text=True)
-
-
 def test_a_read_only_run_folder_is_told(place: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _mount("-o", "remount,ro", str(small_disk)).returncode == 0
+    assert mount("-o", "remount,ro", str(small_disk)).returncode == 0
     told = _refused(capsys, "--out", str(small_disk / "run"))
     assert "the file system is read-only" in told
     assert "--out" in told
@@ -218,6 +202,6 @@ def test_a_disk_that_fills_up_is_told_and_the_run_goes_on_when_there_is_room(
     assert "Traceback" not in told
     assert not list(place.rglob("*.html"))
     assert not [path for path in small_disk.rglob("*.partial") if path.is_file()]
-    assert _mount("-o", "remount,size=100m", str(small_disk)).returncode == 0
+    assert mount("-o", "remount,size=100m", str(small_disk)).returncode == 0
     assert call(*words) in {0, 3}
     assert list(place.rglob("report.html"))

@@ -12,7 +12,7 @@ import jsonschema
 import numpy as np
 import onnx
 import pytest
-from command_line import call
+from command_line import call, run
 
 from edgekd import cli, report
 from edgekd.store import sha256_of
@@ -35,13 +35,6 @@ precision = "fp32"
 [budget]
 max_accuracy_drop = 0.9
 """
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """The exit code, stdout and stderr of the command line."""
-    code = call(*words)
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 @pytest.fixture(scope="module")

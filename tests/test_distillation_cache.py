@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from disk import mount
 from PIL import Image
 
 from edgekd.data.imagefolder import imagefolder
@@ -364,22 +364,6 @@ def test_a_cache_leaves_half_of_what_is_free(tmp_path: Path, monkeypatch: pytest
     assert "the disk has 7e-06 GB free" in str(told.events[0][1]["text"])
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 100 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = _mount("-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder))
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def _mount(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["mount", *words], check=False, capture_output=True, text=True)
-
-
 def test_a_full_disk_ends_no_training(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = Told()
     cache = made(small_disk, told, samples=500, keep={"logits": (40,)})
@@ -396,7 +380,7 @@ def test_a_full_disk_ends_no_training(small_disk: Path, monkeypatch: pytest.Monk
 def test_a_disk_that_cannot_be_written_is_told(small_disk: Path) -> None:
     cache = filled(small_disk, views=1)
     cache.close()
-    assert _mount("-o", "remount,ro", str(small_disk)).returncode == 0
+    assert mount("-o", "remount,ro", str(small_disk)).returncode == 0
     with pytest.raises(StoreError, match="the file system is read-only"):
         made(small_disk)
     with pytest.raises(StoreError, match="the file system is read-only"):

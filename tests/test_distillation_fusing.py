@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from frozen import IMAGES, images, network, settled
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,7 +15,6 @@ from edgekd.distillation.fusing import _able, _Fused, fused
 from edgekd.models import build
 from edgekd.models.network import Network
 from edgekd.types import ModelSpec
-from tests.test_distillation_folding import IMAGES, images, network, settled
 
 pytestmark = pytest.mark.skipif(
     not _able(build(ModelSpec("resnet8"), classes=4, inputs=IMAGES, images=True)),

@@ -14,7 +14,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from command_line import call
+from command_line import call, run
 from sample_report import latency, scored, variant
 from search_worker import WIDTHS, opened
 
@@ -53,13 +53,6 @@ precisions = ["int8"]
 [budget]
 max_accuracy_drop = 1.0
 """
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """The exit code, stdout and stderr of the command line."""
-    code = call(*words)
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 @pytest.fixture
