@@ -171,14 +171,15 @@ def _seconds(store: Path, student: Source) -> float:
 def table() -> str:
     """What every student lost, and what it gained."""
     lines = [
-        "| MACs | parameters | losses | accuracy | drop, points (95 %) | goal | before distilling | faster |",
-        "|---|---|---|---|---|---|---|---|",
+        "| MACs | parameters | losses | epochs | accuracy | drop, points (95 %) | goal | before distilling | faster |",
+        "|---" * 9 + "|",
     ]
     for row in LEDGER.rows():
         drop, goal = row["drop"], GOALS.get(row["settings"]["part"])
         losses = " + ".join(f"{each.get('weight', 1):g} {each['name']}" for each in row["settings"]["losses"])
+        epochs = row["settings"]["distill"]["epochs"]
         lines.append(
-            f"| {row['macs']:.1%} | {row['parameters']:.1%} | {losses} | {row['accuracy']['value']:.4f} "
+            f"| {row['macs']:.1%} | {row['parameters']:.1%} | {losses} | {epochs} | {row['accuracy']['value']:.4f} "
             f"(teacher {row['teacher']['value']:.4f}) | {100 * drop['value']:+.2f} "
             f"({100 * drop['low']:+.2f} to {100 * drop['high']:+.2f}) | {f'{100 * goal:.1f}' if goal else ''} | "
             f"{row['cut']['value']:.4f} | {1 / row['latency']['ratio']:.2f}× (MACs {1 / row['macs']:.2f}×) |"
