@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "edgekd"
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "edgekd"
 
 # What may import what: a module imports from the rows above its own, and from its own folder.
 LAYERS = [
@@ -41,6 +42,10 @@ TORCH_AT_TOP = {
 }  # fmt: skip
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "manager", "handler", "handlers", "misc"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
+FOLDERS = ("benchmarks", "targets", "tests", "tools")
+SCRIPTS = sorted(
+    path for folder in FOLDERS for names in ("*.py", "[!.]*/**/*.py") for path in (ROOT / folder).glob(names)
+)
 
 
 def _layer(path: Path) -> int:
@@ -88,7 +93,7 @@ def test_torch_is_imported_at_the_top_only_where_weights_are(path: Path) -> None
     assert not heavy, f"{path.name} imports {heavy} at module level"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", [*MODULES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_stay_small(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 500

@@ -4,51 +4,17 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
-import torch_pruning
+from matched_networks import built, ids_of, of_timm, paths, pixels, pruned_copy, vit
 from torch import Tensor, nn
 from varied_networks import WORDS, Encoder, Odd, Packed, Recurrent, Stack, UNet, hooks
 
-from edgekd import models
-from edgekd.correspondence import Adapter, Correspondence, Taps, match, pair_of, pairs_for, resolve, table, wanted
-from edgekd.correspondence.inputs import mask_of
-from edgekd.errors import ModelError, PartError, RecipeError
-from edgekd.losses.hidden import hidden
-from edgekd.models.network import Network
-from edgekd.types import LossTerm, ModelSpec, Outputs, Part, TensorSpec
-
-IMAGE = (TensorSpec("image", "uint8", ("batch", 32, 32, 3)),)
-FEATURE_LOSSES = ("srd", "review", "cosine", "attention", "similarity", "hint", "hidden", "ofa")
-
-
-def _built(name: str, **options: Any) -> Network:
-    return models.build(ModelSpec(name, options), classes=10, inputs=IMAGE, images=True)
-
-
-def _samples(count: int = 4) -> Tensor:
-    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def _timm(name: str, **options: Any) -> nn.Module:
-    network: nn.Module = timm.create_model(name, num_classes=10, **options)
-    return network
-
-
-def _vit(name: str = "vit_tiny_patch16_224", depth: int = 6) -> nn.Module:
-    return _timm(name, img_size=32, patch_size=4, depth=depth, embed_dim=48, num_heads=3)
-
-
-def _ids(length: int = 9) -> Tensor:
-    return torch.randint(0, WORDS, (4, length), generator=torch.Generator().manual_seed(0))
-
-
-def _paths(found: Correspondence, *roles: str) -> list[tuple[str, str]]:
-    return [pair.paths for pair in found.pairs if not roles or pair.role in roles]
+from edgekd.correspondence import Correspondence, match
+from edgekd.errors import ModelError, PartError
+from edgekd.types import Part
 
 
 def _used(found: Correspondence) -> list[tuple[str, str]]:
@@ -65,9 +31,9 @@ def _monotone(found: Correspondence) -> bool:
 
 
 def test_residual_networks_are_paired_stage_by_stage() -> None:
-    found = match(_built("resnet56"), _built("resnet8"), _samples())
+    found = match(built("resnet56"), built("resnet8"), pixels())
     names = ("layer1", "layer2", "layer3", "linear:in")
-    assert _paths(found) == [(name, name) for name in names]
+    assert paths(found) == [(name, name) for name in names]
     assert found.family == "same"
     assert _used(found) == [("last", "srd"), ("penultimate", "srd")]
     assert [pair.student.grid for pair in found.pairs] == [(32, 32), (16, 16), (8, 8), ()]
@@ -75,8 +41,8 @@ def test_residual_networks_are_paired_stage_by_stage() -> None:
 
 
 def test_depthwise_student() -> None:
-    found = match(_built("resnet8"), _built("dscnn", width=0.5), _samples())
-    assert _paths(found) == [(name, name) for name in ("layer1", "layer2", "layer3", "linear:in")]
+    found = match(built("resnet8"), built("dscnn", width=0.5), pixels())
+    assert paths(found) == [(name, name) for name in ("layer1", "layer2", "layer3", "linear:in")]
     assert [(pair.student.channels, pair.teacher.channels) for pair in found.pairs[:3]] == [
         (32, 16),
         (64, 32),
@@ -95,47 +61,47 @@ def test_depthwise_student() -> None:
 def test_convolutional_networks_of_other_families(
     teacher: str, student: str, last: tuple[str, str], head: tuple[str, str]
 ) -> None:
-    found = match(_timm(teacher), _timm(student), torch.randn(4, 3, 64, 64))
+    found = match(of_timm(teacher), of_timm(student), torch.randn(4, 3, 64, 64))
     assert found.family == "same"
-    assert _paths(found, "last") == [last]
-    assert _paths(found, "penultimate") == [head]
+    assert paths(found, "last") == [last]
+    assert paths(found, "penultimate") == [head]
     assert _monotone(found)
     assert len(found.pairs) == 5
     assert all(pair.student.stride == pair.teacher.stride for pair in found.pairs)
 
 
 def test_vision_transformer_teaches_convolutions_and_the_reverse() -> None:
-    vit, cnn, x = _vit(), _built("resnet8").module, torch.randn(4, 3, 32, 32)
-    found = match(vit, cnn, x)
+    transformer, cnn, x = vit(), built("resnet8").module, torch.randn(4, 3, 32, 32)
+    found = match(transformer, cnn, x)
     assert found.family == "cnn-vit"
-    assert _paths(found, "last", "penultimate") == [("layer3", "blocks.5"), ("linear:in", "head:in")]
+    assert paths(found, "last", "penultimate") == [("layer3", "blocks.5"), ("linear:in", "head:in")]
     assert _used(found) == [("penultimate", "srd")]  # of unlike families the maps do not compare
     assert _monotone(found)
     (last,) = (pair for pair in found.pairs if pair.role == "last")
     assert (last.teacher.grid, last.teacher.prefix) == ((8, 8), 1)
-    back = match(cnn, vit, x)
-    assert _paths(back, "last", "penultimate") == [("blocks.5", "layer3"), ("head:in", "linear:in")]
+    back = match(cnn, transformer, x)
+    assert paths(back, "last", "penultimate") == [("blocks.5", "layer3"), ("head:in", "linear:in")]
     assert _monotone(back)
 
 
 def test_a_distillation_token_is_left_out() -> None:
-    teacher, student = _vit("deit_tiny_distilled_patch16_224"), _vit(depth=3)
+    teacher, student = vit("deit_tiny_distilled_patch16_224"), vit(depth=3)
     found = match(teacher, student, torch.randn(4, 3, 32, 32))
     assert found.family == "transformer"
     assert _used(found) == [("relations", "minilm")]
     assert {(pair.student.prefix, pair.teacher.prefix) for pair in found.pairs if pair.student.grid} == {(1, 2)}
-    assert _paths(found, "earlier", "last") == [(f"blocks.{i}", f"blocks.{2 * i + 1}") for i in range(3)]
-    assert _paths(found, "relations") == [("blocks.2.attn.qkv", "blocks.5.attn.qkv")]
+    assert paths(found, "earlier", "last") == [(f"blocks.{i}", f"blocks.{2 * i + 1}") for i in range(3)]
+    assert paths(found, "relations") == [("blocks.2.attn.qkv", "blocks.5.attn.qkv")]
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_transformer_to_a_smaller_one(batch_first: bool) -> None:
-    probe = {"ids": _ids(), "mask": torch.ones(4, 9, dtype=torch.long)}
+    probe = {"ids": ids_of(), "mask": torch.ones(4, 9, dtype=torch.long)}
     found = match(Encoder(48, 4, 6), Encoder(32, 4, 2, batch_first=batch_first), probe)
     assert found.family == "transformer"
     layers = [(f"encoder.layers.{mine}", f"encoder.layers.{theirs}") for mine, theirs in ((0, 2), (1, 5))]
-    assert _paths(found, "earlier", "last") == layers  # every third, as TinyBERT
-    assert _paths(found, "relations") == [
+    assert paths(found, "earlier", "last") == layers  # every third, as TinyBERT
+    assert paths(found, "relations") == [
         (f"{mine}.self_attn:qkv", f"{theirs}.self_attn:qkv") for mine, theirs in layers[1:]
     ]
     (term,) = found.terms()
@@ -153,32 +119,32 @@ def test_hugging_face_models() -> None:
         network: nn.Module = transformers.BertForSequenceClassification(config)
         return network
 
-    probe = {"input_ids": _ids(), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
+    probe = {"input_ids": ids_of(), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
     found = match(bert(48, 4), bert(32, 2), probe)
     assert found.family == "transformer"
     layers = [("bert.encoder.layer.0", "bert.encoder.layer.1"), ("bert.encoder.layer.1", "bert.encoder.layer.3")]
-    assert _paths(found, "earlier", "last") == layers
+    assert paths(found, "earlier", "last") == layers
     attention = "{0}.attention.self.query+{0}.attention.self.key+{0}.attention.self.value"
-    assert _paths(found, "relations") == [(attention.format(layers[1][0]), attention.format(layers[1][1]))]
+    assert paths(found, "relations") == [(attention.format(layers[1][0]), attention.format(layers[1][1]))]
     assert _used(found) == [("relations", "minilm")]
 
 
 def test_recurrent_networks() -> None:
     teacher = Recurrent(nn.LSTM, 24, layers=2)
     student = Recurrent(nn.LSTM, 16, batch_first=False)
-    found = match(teacher, student, _ids())
+    found = match(teacher, student, ids_of())
     assert found.family == "recurrent"
-    assert _paths(found) == [("rnn", "rnn"), ("head:in", "head:in")]
+    assert paths(found) == [("rnn", "rnn"), ("head:in", "head:in")]
     assert _used(found) == []  # they gain nothing from it, unless it is asked for
-    asked = match(teacher, student, _ids(), losses=["cosine"])
+    asked = match(teacher, student, ids_of(), losses=["cosine"])
     assert _used(asked) == [("last", "cosine"), ("penultimate", "cosine")]
     assert "teacher: rnn: of its 2 layers the last can be tapped" in found.notes
-    grus = match(Recurrent(nn.GRU, 24, frames=True), Recurrent(nn.GRU, 16, frames=True), _ids(), losses=["cosine"])
+    grus = match(Recurrent(nn.GRU, 24, frames=True), Recurrent(nn.GRU, 16, frames=True), ids_of(), losses=["cosine"])
     assert _used(grus) == [("last", "cosine")]  # what the head is given is the last stage
 
 
 def test_a_student_that_runs_forward_learns_from_the_forward_half() -> None:
-    found = match(Recurrent(nn.LSTM, 24, both_ways=True), Recurrent(nn.LSTM, 16), _ids())
+    found = match(Recurrent(nn.LSTM, 24, both_ways=True), Recurrent(nn.LSTM, 16), ids_of())
     (last,) = (pair for pair in found.pairs if pair.role == "last")
     assert last.channel_map == tuple(range(24))
     assert (last.target_channels, last.projector) == (24, "linear")
@@ -187,20 +153,20 @@ def test_a_student_that_runs_forward_learns_from_the_forward_half() -> None:
 
 def test_stacked_recurrent_layers_are_blocks() -> None:
     found = match(Stack(24, 6), Stack(8, 2), torch.randn(4, 12, 6))
-    assert _paths(found, "earlier", "last") == [("layers.0", "layers.2"), ("layers.1", "layers.5")]
+    assert paths(found, "earlier", "last") == [("layers.0", "layers.2"), ("layers.1", "layers.5")]
     assert "teacher: 4 of 6 blocks have no counterpart" in found.notes
 
 
 def test_packed_sequences() -> None:
     mask = torch.arange(9) < torch.tensor([9, 4, 6, 2])[:, None]
-    found = match(Packed(24), Packed(16), {"ids": _ids(), "mask": mask}, losses=["cosine"])
+    found = match(Packed(24), Packed(16), {"ids": ids_of(), "mask": mask}, losses=["cosine"])
     assert _used(found) == [("last", "cosine"), ("penultimate", "cosine")]
 
 
 def test_unet_is_paired_up_to_its_last_map() -> None:
     found = match(UNet(8), UNet(4), torch.randn(4, 3, 32, 32))
     assert found.family == "dense"
-    assert _paths(found) == [(path, path) for path in ("down.1", "down.2", "merge.0", "merge.1")]
+    assert paths(found) == [(path, path) for path in ("down.1", "down.2", "merge.0", "merge.1")]
     assert {pair.loss for pair in found.pairs if pair.weight} == {"cosine"}
     assert [pair.student.grid for pair in found.pairs] == [(16, 16), (8, 8), (16, 16), (32, 32)]
 
@@ -210,7 +176,7 @@ def test_networks_of_vectors_have_their_heads_inputs() -> None:
         return nn.Sequential(nn.Linear(7, width), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 3))
 
     found = match(dense(16), dense(8), torch.randn(4, 7))
-    assert _paths(found) == [("2:in", "2:in")]  # before the dropout
+    assert paths(found) == [("2:in", "2:in")]  # before the dropout
     assert _used(found) == [("penultimate", "srd")]
 
 
@@ -222,7 +188,7 @@ def test_convolutions_over_time() -> None:
         )  # fmt: skip
 
     found = match(network(16), network(8), torch.randn(4, 4, 100))
-    assert _paths(found) == [("1", "1"), ("3", "3"), ("6:in", "6:in")]
+    assert paths(found) == [("1", "1"), ("3", "3"), ("6:in", "6:in")]
     assert found.pairs[0].student.layout == "BCN"
 
 
@@ -230,17 +196,17 @@ def test_images_with_their_channels_last() -> None:
     class Last(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network = _built("resnet8").module
+            self.network = built("resnet8").module
 
         def forward(self, x: Tensor) -> Tensor:
             logits: Tensor = self.network(x.permute(0, 3, 1, 2))
             return logits
 
     found = match(Last(), Last(), torch.randn(4, 32, 32, 3))
-    assert _paths(found, "earlier", "last") == [(f"network.layer{at}",) * 2 for at in (1, 2, 3)]
+    assert paths(found, "earlier", "last") == [(f"network.layer{at}",) * 2 for at in (1, 2, 3)]
     assert [pair.student.stride for pair in found.pairs] == [1, 2, 4, None]
     channels_last = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
-    assert len(match(_built("resnet8").module, _built("resnet8").module, channels_last).pairs) == 4
+    assert len(match(built("resnet8").module, built("resnet8").module, channels_last).pairs) == 4
 
 
 def test_a_decoder_that_looks_at_an_encoder() -> None:
@@ -258,12 +224,12 @@ def test_a_decoder_that_looks_at_an_encoder() -> None:
 
     found = match(Translates(32), Translates(16), (torch.randn(4, 7, 6), torch.randn(4, 12, 6)))
     last = "inside.decoder.layers.1"
-    assert _paths(found, "last", "relations") == [(last, last), (f"{last}.self_attn:qkv", f"{last}.self_attn:qkv")]
+    assert paths(found, "last", "relations") == [(last, last), (f"{last}.self_attn:qkv", f"{last}.self_attn:qkv")]
 
 
 def test_a_traced_graph_without_blocks() -> None:
-    graph = torch.fx.symbolic_trace(_built("resnet8", shortcut="conv").module)
-    found = match(_built("resnet20").module, graph, torch.randn(4, 3, 32, 32))
+    graph = torch.fx.symbolic_trace(built("resnet8", shortcut="conv").module)
+    found = match(built("resnet20").module, graph, torch.randn(4, 3, 32, 32))
     assert [pair.teacher.path for pair in found.pairs] == ["layer1", "layer2", "layer3", "linear:in"]
     assert [pair.student.grid for pair in found.pairs] == [(32, 32), (16, 16), (8, 8), ()]
 
@@ -276,23 +242,11 @@ def test_modules_called_again_and_wrapped_outputs() -> None:
 # ---------------------------------------------------------------- a pruned copy
 
 
-def _pruned() -> tuple[Network, Network]:
-    torch.manual_seed(0)
-    teacher = _built("resnet20", shortcut="conv")
-    student = copy.deepcopy(teacher)
-    importance = torch_pruning.importance.MagnitudeImportance()
-    pruner = torch_pruning.pruner.MagnitudePruner(
-        student.module, torch.randn(1, 3, 32, 32), importance, pruning_ratio=0.5, ignored_layers=[student.module.linear]
-    )
-    pruner.step()
-    return teacher, student
-
-
 def test_a_pruned_copy_knows_its_channels() -> None:
-    teacher, student = _pruned()
-    found = match(teacher, student, _samples(16))
+    teacher, student = pruned_copy()
+    found = match(teacher, student, pixels(16))
     assert found.family == "pruned"
-    assert _paths(found) == [(name, name) for name in ("layer1", "layer2", "layer3", "linear:in")]
+    assert paths(found) == [(name, name) for name in ("layer1", "layer2", "layer3", "linear:in")]
     assert _used(found) == [("last", "hint"), ("penultimate", "hint")]
     assert all(pair.projector == "none" for pair in found.pairs)
     penultimate = found.pairs[-1]
@@ -303,25 +257,25 @@ def test_a_pruned_copy_knows_its_channels() -> None:
 
 
 def test_a_pruned_copy_that_was_trained_since_gets_projectors() -> None:
-    teacher, student = _pruned()
+    teacher, student = pruned_copy()
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(1e-3 * torch.randn_like(parameter))
-    found = match(teacher, student, _samples())
+    found = match(teacher, student, pixels())
     assert found.family == "same"
     assert all(pair.channel_map is None and pair.projector == "linear" for pair in found.pairs)
 
 
 def test_a_copy_is_compared_channel_by_channel() -> None:
-    teacher = _built("resnet8")
-    found = match(teacher, copy.deepcopy(teacher), _samples(16))
+    teacher = built("resnet8")
+    found = match(teacher, copy.deepcopy(teacher), pixels(16))
     assert found.family == "pruned"
     assert found.pairs[0].channel_map == tuple(range(16))
     assert [round(pair.cka or 0, 3) for pair in found.pairs] == [1, 1, 1, 1]
 
 
 def test_a_copy_without_batch_normalisation_passes_its_trial() -> None:
-    teacher = _vit(depth=2)  # its features are the student's: no gradient, were they compared as they are
+    teacher = vit(depth=2)  # its features are the student's: no gradient, were they compared as they are
     found = match(teacher, copy.deepcopy(teacher), torch.randn(4, 3, 32, 32))
     assert found.family == "pruned"
     assert _used(found) == [("last", "hint"), ("penultimate", "hint")]
@@ -337,11 +291,11 @@ def _fingerprint(network: nn.Module) -> tuple[Any, ...]:
 
 
 def test_nothing_is_left_changed() -> None:
-    teacher, student = _built("resnet8").eval(), _built("dscnn", width=0.5).train()
+    teacher, student = built("resnet8").eval(), built("dscnn", width=0.5).train()
     student.module.get_submodule("layer1").eval()
     before = [_fingerprint(network) for network in (teacher, student)]
     drawn = torch.get_rng_state()
-    match(teacher, student, _samples(16))
+    match(teacher, student, pixels(16))
     assert torch.equal(drawn, torch.get_rng_state())
     for network, (state, modes, _, _) in zip((teacher, student), before, strict=True):
         after = _fingerprint(network)
@@ -370,7 +324,7 @@ def test_nothing_is_left_changed_after_a_failure() -> None:
 
 def test_a_probe_of_one_sample_is_refused() -> None:
     with pytest.raises(ModelError, match="the probe is one sample"):
-        match(_built("resnet8"), _built("resnet8"), _samples(1))
+        match(built("resnet8"), built("resnet8"), pixels(1))
 
 
 def test_nothing_in_common() -> None:
@@ -379,11 +333,11 @@ def test_nothing_in_common() -> None:
 
 
 def test_a_student_that_no_gradient_reaches_is_refused() -> None:
-    teacher, student = _built("resnet8"), _built("resnet8")
+    teacher, student = built("resnet8"), built("resnet8")
     for parameter in student.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(ModelError, match="reaches no weight of the student"):
-        match(teacher, student, _samples())
+        match(teacher, student, pixels())
 
 
 def above_teacher(projected_feature: Tensor, teacher_feature: Tensor) -> Tensor:
@@ -397,155 +351,12 @@ def leaky(projected_feature: Tensor, teacher_feature: Tensor) -> Tensor:
 
 
 def test_losses_that_are_wrong_are_refused() -> None:
-    teacher, student = _built("resnet8"), _built("resnet8")
+    teacher, student = built("resnet8"), built("resnet8")
     with pytest.raises(ModelError, match="expected its minimum at the teacher"):
-        match(teacher, student, _samples(), losses=[f"{__name__}:above_teacher"])
+        match(teacher, student, pixels(), losses=[f"{__name__}:above_teacher"])
     with pytest.raises(ModelError, match="gradient reaches the teacher"):
-        match(teacher, student, _samples(), losses=[f"{__name__}:leaky"])
+        match(teacher, student, pixels(), losses=[f"{__name__}:leaky"])
     with pytest.raises(ModelError, match="takes no features"):
-        match(teacher, student, _samples(), losses=["kd"])
+        match(teacher, student, pixels(), losses=["kd"])
     with pytest.raises(PartError, match="did you mean 'review'"):
-        match(teacher, student, _samples(), losses=["reviw"])
-
-
-# ---------------------------------------------------------------- losses, recipes, tables
-
-
-@pytest.mark.parametrize("loss", FEATURE_LOSSES)
-@pytest.mark.parametrize("networks", ["cnn", "vit to cnn", "cnn to vit"])
-def test_every_feature_loss_on_its_pairs(loss: str, networks: str) -> None:
-    cnn: Callable[[], nn.Module] = lambda: _built("resnet8", shortcut="conv").module  # noqa: E731
-    teacher, student = {
-        "cnn": lambda: (cnn(), _built("dscnn", width=0.25).module),
-        "vit to cnn": lambda: (_vit(depth=3), cnn()),
-        "cnn to vit": lambda: (cnn(), _vit(depth=3)),
-    }[networks]()
-    found = match(teacher, student, torch.randn(4, 3, 32, 32), losses=[loss])
-    assert found.pairs
-    assert {pair.loss for pair in found.pairs} == {loss}
-    (term,) = found.terms()
-    assert term.pairs == tuple(_paths(found))
-
-
-def test_terms_of_a_recipe_are_resolved_to_the_same_pairs() -> None:
-    teacher, student = _pruned()
-    found = match(teacher, student, _samples())
-    terms = (LossTerm(Part("kd"), 0.9), *found.terms(), LossTerm(Part("similarity"), 3000.0))
-    logits, hints, similar = resolve(teacher, student, _samples(), terms)
-    assert logits == ()
-    assert [(pair.paths, pair.channel_map) for pair in hints] == [
-        (pair.paths, pair.channel_map) for pair in found.pairs if pair.weight
-    ]
-    assert [pair.paths for pair in similar] == [("layer1", "layer1"), ("layer2", "layer2"), ("layer3", "layer3")]
-    assert {(pair.loss, pair.weight) for pair in similar} == {("similarity", 3000.0)}
-
-
-def test_options_of_a_recipe_come_before_what_follows_from_the_channels() -> None:
-    terms = [LossTerm(Part("minilm", {"heads": 2})), LossTerm(Part("minilm"))]
-    chosen, followed = resolve(Encoder(48, 4, 2), Encoder(32, 4, 2), _ids(), terms)
-    assert chosen[0].options == {"heads": 2}
-    assert followed[0].options == {"heads": 8}
-
-
-def looks_at_all(student: Outputs, teacher: Outputs) -> Tensor:
-    """A loss of one's own, of everything that is tapped."""
-    return (student.features["layer1"] - teacher.features["layer1"]).square().mean()
-
-
-def test_a_loss_of_all_outputs_has_the_pairs_that_it_names() -> None:
-    own = Part(f"{__name__}:looks_at_all")
-    terms = [LossTerm(own, 1.0, (("layer1", "layer1"),)), LossTerm(own)]
-    named, nothing = resolve(_built("resnet8"), _built("resnet8"), _samples(), terms)
-    assert [pair.paths for pair in named] == [("layer1", "layer1")]
-    assert nothing == ()
-
-
-def test_a_loss_without_pairs_is_refused() -> None:
-    with pytest.raises(ModelError, match="no pair of the two networks suits 'minilm'"):
-        match(_built("resnet8"), _built("resnet8"), _samples(), losses=["minilm"])
-    with pytest.raises(ModelError, match="no pair of the two networks suits 'minilm'"):
-        resolve(_built("resnet8"), _built("resnet8"), _samples(), [LossTerm(Part("minilm"))])
-
-
-def test_pairs_by_name() -> None:
-    teacher, student = _built("resnet20"), _built("resnet8")
-    pair = pair_of(teacher, student, _samples(), "layer2.0.conv1", "layer2.1.bn2", loss="hint")
-    assert (pair.role, pair.loss, pair.student.channels) == ("chosen", "hint", 32)
-    with pytest.raises(ModelError, match="nothing can be tapped at 'layr2'; did you mean 'layer2'"):
-        pair_of(teacher, student, _samples(), "layr2", "layer2")
-    with pytest.raises(ModelError, match="channels cannot be joined"):
-        pair_of(teacher, student, _samples(), "layer1+layer2", "layer2")
-
-
-def test_pairs_for_a_loss() -> None:
-    found = match(_built("resnet8"), _built("resnet8"), _samples())
-    roles = {loss: [pair.role for pair in pairs_for(found, loss)] for loss in ("srd", "review", "minilm", "own:loss")}
-    assert roles == {
-        "srd": ["last", "penultimate"],
-        "review": ["earlier", "earlier", "last"],
-        "minilm": [],
-        "own:loss": ["earlier", "earlier", "last", "penultimate"],
-    }
-
-
-def test_the_table_is_read_back() -> None:
-    found = match(_built("resnet56"), _built("resnet8"), _samples())
-    text = found.table()
-    assert table.read(text) == found.terms()
-    edited = text.replace("review | 0     ", "review | 5     ")
-    assert table.read(edited) == (
-        LossTerm(Part("review"), 5.0, (("layer1", "layer1"), ("layer2", "layer2"))),
-        *found.terms(),
-    )
-    with pytest.raises(RecipeError, match="line 2 has the weight 'x'"):
-        table.read(text.replace("| 0 ", "| x ", 1))
-    with pytest.raises(RecipeError, match="no column 'loss'"):
-        table.read(text.replace("loss", "lost", 1))
-
-
-def test_json_of_a_correspondence() -> None:
-    found = match(_built("resnet8"), _built("resnet8"), _samples())
-    told = found.as_json()
-    assert told["family"] == "same"
-    pairs = told["pairs"]
-    assert isinstance(pairs, list)
-    assert len(pairs) == 4
-
-
-def test_cka_takes_a_probe() -> None:
-    few = match(_built("resnet8"), _built("resnet8"), _samples(8))
-    assert all(pair.cka is None for pair in few.pairs)
-    assert "CKA was not measured: it takes a probe of 16 samples" in few.notes
-    many = match(_built("resnet8"), _built("resnet8"), _samples(40))
-    assert all(pair.cka is not None for pair in many.pairs)
-
-
-# ---------------------------------------------------------------- as an engine uses it
-
-
-def _loss(found: Correspondence, teacher: nn.Module, student: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    torch.manual_seed(0)  # of the projectors
-    pairs = pairs_for(found, "hidden")
-    adapter = Adapter(pairs, wanted(hidden))
-    of_teacher, of_student = Taps(teacher, [p.teacher for p in pairs]), Taps(student, [p.student for p in pairs])
-    with of_teacher, of_student:
-        with torch.inference_mode():
-            teacher(**inputs)
-        student(**inputs)
-        calls: list[dict[str, Any]] = list(adapter(of_student.take(), of_teacher.take(), mask_of(inputs)))
-    return torch.stack([hidden(**features) for features in calls]).sum()
-
-
-def test_padding_does_not_count() -> None:
-    teacher, student = Encoder(48, 4, 4).eval(), Encoder(32, 4, 2).eval()
-    mask = (torch.arange(9) < torch.tensor([9, 4, 6, 2])[:, None]).long()
-    inputs = {"ids": _ids(), "mask": mask}
-    found = match(teacher, student, inputs)
-    loss = _loss(found, teacher, student, inputs)
-    other = _loss(found, teacher, student, {"ids": torch.where(mask.bool(), inputs["ids"], 7), "mask": mask})
-    assert loss.item() == pytest.approx(other.item(), rel=1e-5)
-    without = _loss(found, teacher, student, {"ids": inputs["ids"]})
-    assert without.item() != pytest.approx(loss.item(), rel=1e-3)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert student.embed.weight.grad is not None
-    assert hooks(teacher) == hooks(student) == 0
+        match(teacher, student, pixels(), losses=["reviw"])

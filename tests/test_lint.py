@@ -6,12 +6,12 @@ from pathlib import Path
 
 import onnx
 import pytest
+from rules import HOST
 
 from edgekd.quantize import lint
 from edgekd.types import QuantizationRules
 
 TENSORRT = QuantizationRules("int8", True, "int8", True, False, False, 16, "tensorrt")
-HOST = QuantizationRules("uint8", False, "int8", True, True, True, 0, "onnxruntime")
 
 HEAD = '<ir_version: 9, opset_import: ["" : 19]>\n'
 # A residual block as TensorRT wants it: one shared pair for the convolution and the branch, nothing behind the Conv.

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from rules import HOST
 from torch import Tensor, nn
 
 from edgekd.backends.onnxruntime import fused, onnxruntime
@@ -28,7 +29,6 @@ from edgekd.quantize import lint, quantize
 from edgekd.quantize.quantizer import LOWEST_SCALE, narrow
 from edgekd.types import Arrays, Json, Preprocessing, QuantizationRules, TensorSpec
 
-HOST = QuantizationRules("uint8", False, "int8", True, True, True, 0, "onnxruntime")
 TENSORRT = QuantizationRules("int8", True, "int8", True, False, False, 16, "tensorrt")
 
 

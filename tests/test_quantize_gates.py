@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from rules import BOARD, HOST
 
 from edgekd.backends.onnxruntime import onnxruntime
 from edgekd.graph.edit import save
@@ -21,9 +22,6 @@ from edgekd.quantize.gates import Gate
 from edgekd.quantize.ranges import set_activations, set_weights
 from edgekd.quantize.simulation import Simulation
 from edgekd.types import QuantizationRules
-
-HOST = QuantizationRules("uint8", False, "int8", True, True, True, 0, "onnxruntime")
-BOARD = QuantizationRules("int8", True, "int8", True, False, False, 0, "tensorrt")
 
 
 def simulated(rules: QuantizationRules) -> tuple[Simulation, dict[str, np.ndarray], tuple[torch.Tensor, ...]]:

@@ -11,7 +11,8 @@ import networks
 import numpy as np
 import pytest
 import torch
-from wide_networks import BOARD, HOST, chain, simulated
+from rules import BOARD, HOST
+from wide_networks import chain, simulated
 
 from edgekd import plugins
 from edgekd.backends.onnxruntime import fused, onnxruntime

@@ -9,8 +9,9 @@ import networks
 import numpy as np
 import pytest
 import torch
+from rules import BOARD, HOST
 from torch import Tensor, nn
-from wide_networks import BOARD, HOST, chain, inputs_of, simulated
+from wide_networks import chain, inputs_of, simulated
 
 from edgekd.quantize.bias import correct_biases, mean_error
 from edgekd.quantize.equalize import equalize, find_pairs

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from rules import BOARD, HOST
 
 from edgekd.backends.onnxruntime import onnxruntime
 from edgekd.graph.edit import strip, tensors
 from edgekd.quantize.qdq import finish
 from edgekd.types import QuantizationRules
 
-HOST = QuantizationRules("uint8", False, "int8", True, True, True, 0, "onnxruntime")
-BOARD = QuantizationRules("int8", True, "int8", True, False, False, 0, "tensorrt")
 HEAD = '<ir_version: 9, opset_import: ["" : 19]>\n'
 
 

@@ -8,7 +8,8 @@ import networks
 import numpy as np
 import pytest
 import torch
-from wide_networks import BOARD, HOST, chain, inputs_of, simulated
+from rules import BOARD, HOST
+from wide_networks import chain, inputs_of, simulated
 
 from edgekd.backends.onnxruntime import onnxruntime
 from edgekd.errors import ModelError

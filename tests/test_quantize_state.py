@@ -8,6 +8,7 @@ from typing import Any
 import networks
 import pytest
 import torch
+from rules import HOST
 from torch import Tensor
 
 from edgekd.errors import ModelError
@@ -15,9 +16,6 @@ from edgekd.graph.program import Program, capture, graph_inputs
 from edgekd.quantize import state
 from edgekd.quantize.ranges import set_activations, set_weights
 from edgekd.quantize.simulation import Simulation
-from edgekd.types import QuantizationRules
-
-HOST = QuantizationRules("uint8", False, "int8", True, True, True, 0, "onnxruntime")
 
 
 def captured() -> tuple[Program, tuple[Tensor, ...]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rules import BOARD, HOST
 from torch import Tensor, nn
 
 from edgekd.backends.onnxruntime import onnxruntime
@@ -26,9 +27,7 @@ from edgekd.quantize.simulation import Simulation
 from edgekd.tasks.classification import classification
 from edgekd.types import Batch, Json, LayerSensitivity, QuantizationRules, TensorSpec
 
-HOST = QuantizationRules("uint8", False, "int8", True, True, True, 0, "onnxruntime")
-TENSORRT = QuantizationRules("int8", True, "int8", True, False, False, 0, "tensorrt")
-RULES = {"onnxruntime": HOST, "tensorrt": TENSORRT}
+RULES = {"onnxruntime": HOST, "tensorrt": BOARD}
 IMAGE = (TensorSpec("x", "float32", ("batch", 3, 8, 8)),)
 
 
@@ -203,7 +202,7 @@ def test_values_between_layers_count_as_places() -> None:
         ("stem", "layer"), ("gate", "value"), ("mul_2", "value"), ("head", "layer"),
     ]  # fmt: skip
     assert [row.kind for row in rows(ladder)] == ["layer", "value", "value", "layer"]
-    board = climbed(network, TENSORRT, max_drop=1.0)
+    board = climbed(network, BOARD, max_drop=1.0)
     assert [place.name for place in places(board.simulation) if place.kind == "value"] == ["mul_2"], "the pool's input"
 
 

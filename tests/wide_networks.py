@@ -7,6 +7,7 @@ from typing import Any
 
 import networks
 import torch
+from rules import HOST
 from torch import Tensor, nn
 
 from edgekd.graph.program import capture, graph_inputs
@@ -14,9 +15,6 @@ from edgekd.models.network import Network
 from edgekd.quantize.ranges import set_activations, set_weights
 from edgekd.quantize.simulation import Inputs, Simulation
 from edgekd.types import QuantizationRules
-
-HOST = QuantizationRules("uint8", False, "int8", True, True, True, 0, "onnxruntime")
-BOARD = QuantizationRules("int8", True, "int8", True, False, False, 0, "tensorrt")
 
 
 class Chain(nn.Module):

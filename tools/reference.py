@@ -114,6 +114,22 @@ def _recipe() -> Iterator[str]:
     yield f"{_first_line(recipe.Assistant)}\n"
     rows = _keys(recipe.Assistant)
     yield from _table(_model_rows() | {"epochs": ("int ≥ 1", *rows["epochs"][1:])})
+    yield from _losses()
+    yield from _heads()
+    for title, cls in (
+        ("augment", types.Augment),
+        ("export", recipe.Export),
+        ("quantize", recipe.Quantize),
+        ("prune", goals.Prune),
+        ("budget", types.Budget),
+    ):
+        yield f"## `[{title}]`\n"
+        yield f"{_first_line(cls).replace('None is', 'left out is')}\n"
+        yield from _table(_keys(cls))
+        yield ""
+
+
+def _losses() -> Iterator[str]:
     yield "\n## `[[loss]]`\n"
     yield "The student minimises the weighted sum of these. Other keys are options of the [loss](parts.md#losses).\n"
     yield textwrap.dedent(f"""\
@@ -129,6 +145,9 @@ def _recipe() -> Iterator[str]:
         task: types.Task = plugins.build("tasks", types.Part(name))
         beside = " + ".join([*map(_term, task.beside_layers), "layers"]) if task.beside_layers else "no"
         yield f"| `{name}` | {' + '.join(map(_term, task.losses))} | {beside} |"
+
+
+def _heads() -> Iterator[str]:
     yield "\n## `[[task]]`\n"
     yield textwrap.dedent("""\
         A student of several tasks has one of these for each of its heads, in place of `[data]`, `[task]` and
@@ -142,17 +161,6 @@ def _recipe() -> Iterator[str]:
         | `teacher` | table, or several | | as `[teacher]`, with its `train` |
         | `loss` | several tables | those of the recipe, else of the task | as `[[loss]]` |
         """)
-    for title, cls in (
-        ("augment", types.Augment),
-        ("export", recipe.Export),
-        ("quantize", recipe.Quantize),
-        ("prune", goals.Prune),
-        ("budget", types.Budget),
-    ):
-        yield f"## `[{title}]`\n"
-        yield f"{_first_line(cls).replace('None is', 'left out is')}\n"
-        yield from _table(_keys(cls))
-        yield ""
 
 
 def _model_rows() -> dict[str, tuple[str, str, str]]:
