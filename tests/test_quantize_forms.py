@@ -18,12 +18,12 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd import bundle, models, target
 from edgekd.backends.onnxruntime import fused, onnxruntime
 from edgekd.bench import macs
-from edgekd.errors import DataError, ModelError
+from edgekd.errors import ModelError
 from edgekd.export import export
 from edgekd.graph.edit import save, strip, tensors
 from edgekd.quantize import worth
 from edgekd.quantize.dynamic import quantize_dynamic
-from edgekd.quantize.fallback import quantize_onnx
+from edgekd.quantize.onnx_level import quantize_onnx
 from edgekd.quantize.weights import weights_to_int8
 from edgekd.types import Arrays, ModelSpec, Precision, TensorSpec
 
@@ -210,29 +210,11 @@ def test_recurrent_networks_and_transformers_get_what_helps_them(floats: tuple[s
         assert worth.why_not("w8", model) is None
 
 
-@pytest.mark.parametrize("batches", [1, 8, 9, 16])
-def test_every_batch_counts_in_the_ranges_of_onnx_level_quantization(tmp_path: Path, batches: int) -> None:
-    """One batch of many has the largest values: whichever it is, the scale of the input shows it."""
-    model = onnx.load(tiny_onnx.classifier(tmp_path / "fp32.onnx", raw=False))
-    for largest in sorted({0, batches // 2, batches - 1}):
-        feeds = [{"image": np.full((2, 3, 8, 8), 25.5 if at == largest else 1.0, np.float32)} for at in range(batches)]
-        made, done, _ = quantize_onnx(strip(model), iter(feeds), target.load("host").quantization)
-        assert len(done) == 2
-        first = next(node for node in made.graph.node if node.op_type == "QuantizeLinear")
-        assert float(tensors(made.graph)[first.input[1]]) == pytest.approx(0.1)
-
-
-def test_onnx_level_quantization_without_samples_is_refused(tmp_path: Path) -> None:
-    model = onnx.load(tiny_onnx.classifier(tmp_path / "fp32.onnx", raw=False))
-    with pytest.raises(DataError, match="no calibration samples"):
-        quantize_onnx(strip(model), iter(()), target.load("host").quantization)
-
-
 def test_a_graph_is_read_and_not_changed(tmp_path: Path) -> None:
     model = onnx.load(tiny_onnx.classifier(tmp_path / "fp32.onnx", raw=False))
     before = model.SerializeToString()
     feeds = [{"image": np.ones((2, 3, 8, 8), np.float32)}]
-    quantize_onnx(strip(model), iter(feeds), target.load("host").quantization)
+    quantize_onnx(strip(model), iter(feeds), target.load("host").quantization, max_drop=0.0)
     weights_to_int8(model)
     quantize_dynamic(model)
     worth.sizes(model)

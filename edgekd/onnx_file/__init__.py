@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import onnx
 from onnx import version_converter
 
 import edgekd
-from edgekd import export, report
+from edgekd import export, quantize, report
 from edgekd.bench import conditions
 from edgekd.data.unlabelled import samples as read_samples
 from edgekd.errors import EdgekdError, ModelError, ParityError
@@ -33,7 +33,7 @@ from edgekd.onnx_file.feed import Feed, feeding, layout, signature, split
 from edgekd.onnx_file.figures import Form, examiner, judged_by, measured, outputs
 from edgekd.quantize import lint, saturation, worth
 from edgekd.quantize.dynamic import quantize_dynamic
-from edgekd.quantize.fallback import quantize_onnx
+from edgekd.quantize.onnx_level import quantize_onnx
 from edgekd.quantize.qdq import finish
 from edgekd.quantize.weights import weights_to_int8
 from edgekd.report.account import account_of
@@ -94,7 +94,7 @@ def quantize_file(user: Given, targets: Sequence[Target], out: Path, *, threads:
         comparisons: list[Comparison] = []
         forms: list[Form] = []
         for target in targets:
-            found = _forms(user, plain, fp32, target, feed, data, work, notes, say)
+            found = _forms(user, plain, fp32, target, feed, data, task, work, notes, say)
             made, compared, told = measured(found, target, judge, feed, first.name, threads=threads, quick=quick)
             rows, comparisons, forms = rows + made, [*comparisons, *compared], forms + found
             notes += told
@@ -109,16 +109,18 @@ def quantize_file(user: Given, targets: Sequence[Target], out: Path, *, threads:
 
 
 def quantized(
-    model: onnx.ModelProto, precision: Precision, target: Target, feeds: Iterable[Arrays], path: Path
-) -> dict[str, Json]:
+    model: onnx.ModelProto, precision: Precision, target: Target, feeds: Iterable[Arrays], path: Path,
+    task: Task | None = None,
+) -> dict[str, Json]:  # fmt: skip
     """Write one form of a float32 graph to `path`.
 
     Args:
         model: as `given.read` gives it.
         feeds: batches to calibrate with, as the graph takes them; the first of them are what sums are looked at with.
+        task: what the first output is for; None: that follows from its form.
 
     Returns:
-        An account: `quantizer`, `quantized` (nodes), `float` (node → why), `samples`, `relieved`, `nodes`.
+        An account: `quantizer`, `quantized` (nodes), `float` (node → why), `samples`, `methods`, `relieved`, `nodes`.
 
     Raises:
         DataError: int8 is asked for, and there are no calibration samples.
@@ -131,38 +133,28 @@ def quantized(
     if precision == "fp16":
         return {"quantizer": None} | _halved(model, path)
     if precision in ("w8", "dynamic"):
-        made, done, left = (weights_to_int8 if precision == "w8" else quantize_dynamic)(model)
-        save(made, path)
+        small, done, left = (weights_to_int8 if precision == "w8" else quantize_dynamic)(model)
+        save(small, path)
         return {"quantizer": f"onnx, {precision}", "quantized": list(done), "float": dict(left)}
-    first: list[Arrays] = []
-    count = 0
-
-    def counted() -> Iterator[Arrays]:
-        nonlocal count
-        for feed in feeds:
-            if count < PARITY_SAMPLES:
-                first.append(feed)
-            count += len(next(iter(feed.values())))
-            yield feed
-
     try:
-        made, done, left = quantize_onnx(model, counted(), rules)
+        made = quantize_onnx(model, feeds, rules, max_drop=quantize.MAX_DROP, task=task)
     except EdgekdError:
         raise
     except Exception as problem:  # onnxruntime's quantizer raises many kinds
         raise ModelError(f"it cannot be quantized: {reason(problem)}", fix="deploy it in float") from problem
     with quiet():
-        made = strip(cast_first(finish(made, rules)))
+        graph = strip(cast_first(finish(made.graph, rules)))
     account: dict[str, Json] = {
-        "quantizer": "onnxruntime", "quantized": list(done), "float": dict(left), "samples": count,
+        "quantizer": "onnxruntime", "quantized": list(made.layers), "float": dict(made.left), "samples": made.samples,
+        "methods": made.methods,
     }  # fmt: skip
     if (
         rules.lint == "tensorrt" and "fp16" in target.precisions
     ):  # what int8 leaves in float would run in fp32 otherwise
-        return account | _halved(made, path)
-    save(made, path)
+        return account | _halved(graph, path)
+    save(graph, path)
     if rules.sums_16_bit:
-        account |= saturation.relieve(path, {name: np.concatenate([f[name] for f in first]) for name in first[0]})
+        account |= saturation.relieve(path, made.held)
     return account
 
 
@@ -243,8 +235,8 @@ def _of_opset(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
 
 
 def _forms(
-    user: Given, plain: onnx.ModelProto, fp32: Path, target: Target, feed: Feed, data: Dataset, work: Path,
-    notes: list[str], say: Say,
+    user: Given, plain: onnx.ModelProto, fp32: Path, target: Target, feed: Feed, data: Dataset, task: Task,
+    work: Path, notes: list[str], say: Say,
 ) -> list[Form]:  # fmt: skip
     """The float file and what becomes of it for one target."""
     rules = target.quantization
@@ -265,7 +257,7 @@ def _forms(
         path = work / f"{target.name}-{precision}.onnx"
         try:
             there = _of_opset(plain, target)
-            account = quantized(there, precision, target, feed.batches(data.calibration), path)
+            account = quantized(there, precision, target, feed.batches(data.calibration), path, task)
             parity = export.parity(before, outputs(path, few))
         except (ModelError, ParityError) as problem:
             notes.append(f"there is no {name}: {problem}")
@@ -297,6 +289,8 @@ def _data(user: Given, inputs: Sequence[TensorSpec]) -> Dataset:
 def _told(form: Form) -> list[str]:
     account: Any = form.account
     told = []
+    if account.get("methods"):
+        told.append(f"{form.id}: {quantize.told(account['methods'])}")
     if account.get("relieved"):
         layers = ", ".join(f"{layer} ({steps:g} steps)" for layer, steps in account["relieved"].items())
         told.append(f"{form.id} has less range of weights where CPUs without VNNI would clip sums: {layers}")

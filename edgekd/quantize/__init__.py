@@ -20,8 +20,8 @@ from edgekd.graph.opset import lower
 from edgekd.graph.program import Program, capture, graph_inputs, reason, recapture, to_onnx
 from edgekd.quantize import state
 from edgekd.quantize.examination import examine
-from edgekd.quantize.fallback import quantize_onnx
 from edgekd.quantize.ladder import SECONDS, Ladder, holds, told
+from edgekd.quantize.onnx_level import quantize_onnx
 from edgekd.quantize.qdq import finish
 from edgekd.quantize.quantizer import within
 from edgekd.quantize.samples import Halves, Stored
@@ -31,7 +31,7 @@ from edgekd.types import Arrays, Batch, Json, QuantizationMethod, QuantizationRu
 if TYPE_CHECKING:
     from edgekd.models.network import Network
 
-__all__ = ["SECONDS", "VERSION", "check_layers", "holds", "quantize", "told", "write"]
+__all__ = ["MAX_DROP", "SECONDS", "VERSION", "check_layers", "holds", "quantize", "told", "write"]
 
 VERSION = 4
 MAX_DROP = 0.005  # half a point
@@ -117,7 +117,9 @@ def quantize(
     except Exception as error:  # whatever torch or torchao raise on a graph they do not know
         why = reason(error)
         say("fallback", step="quantize", reason=f"quantized as ONNX, because pt2e could not: {why}")
-        model, meta = _as_onnx(network, program, stored, rules, opset=opset, preprocessing=preprocessing)
+        model, meta = _as_onnx(
+            network, program, stored, rules, opset=opset, preprocessing=preprocessing, max_drop=max_drop, task=task
+        )
         ignored = ["float_layers"] * bool(float_layers) + ["method"] * (method != "auto")
         meta["fallback"] = why + (f"; {' and '.join(ignored)} cannot be heeded there" if ignored else "")
     save(model, path)
@@ -166,30 +168,30 @@ def _as_onnx(
     *,
     opset: int,
     preprocessing: bool,
+    max_drop: float,
+    task: Task | None,
 ) -> tuple[onnx.ModelProto, dict[str, Json]]:
     names = [spec.name for spec in program.inputs]
-    count = 0
 
     def feeds() -> Iterator[Arrays]:
-        nonlocal count
         for batch in _batches(network, calibration, preprocessing, one_by_one=program.why_static is not None):
-            count += len(batch[0])
             yield {name: tensor.numpy() for name, tensor in zip(names, batch, strict=True)}
 
     plain = strip(to_onnx(program, opset))
     try:
-        model, quantized, left = quantize_onnx(plain, feeds(), rules)
+        made = quantize_onnx(plain, feeds(), rules, max_drop=max_drop, task=task)
     except EdgekdError:
         raise
     except Exception as error:  # onnxruntime's quantizer raises many kinds
         raise ModelError(f"the model cannot be quantized: {reason(error)}", fix="deploy it in fp16 or fp32") from error
     meta: dict[str, Json] = {
         "quantizer": "onnxruntime",
-        "quantized": list(quantized),
-        "float": dict(left),
-        "samples": count,
+        "quantized": list(made.layers),
+        "float": dict(made.left),
+        "samples": made.samples,
+        "methods": made.methods,
     }
-    return strip(lower(cast_first(finish(model, rules)), opset)), meta
+    return strip(lower(cast_first(finish(made.graph, rules)), opset)), meta
 
 
 def _batches(

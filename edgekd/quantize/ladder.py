@@ -39,6 +39,18 @@ class Attempt:
         return found | figures | ({} if self.problem is None else {"problem": self.problem})
 
 
+def best_of(attempts: Sequence[Attempt], max_drop: float) -> int:
+    """Which attempt is the best: within `max_drop` if one is, and of those the nearest to the float network."""
+    done = [(at, one.loss) for at, one in enumerate(attempts) if one.loss is not None]
+    return min(done, key=lambda each: (not each[1].within(max_drop), each[1].divergence))[0]
+
+
+def as_json(attempts: Sequence[Attempt], max_drop: float) -> list[Json]:
+    """Everything tried, in order, with the best marked."""
+    best = best_of(attempts, max_drop)
+    return [one.to_json(kept=at == best, max_drop=max_drop) for at, one in enumerate(attempts)]
+
+
 class Ladder:
     """Tries methods on one simulation, cheapest first, and leaves it with the best of them.
 
@@ -105,19 +117,11 @@ class Ladder:
     @property
     def best(self) -> int:
         """Which attempt is the best so far."""
-        done = [index for index, attempt in enumerate(self.attempts) if attempt.loss is not None]
-
-        def order(index: int) -> tuple[bool, float]:
-            loss = self.attempts[index].loss
-            assert loss is not None
-            return not loss.within(self.max_drop), loss.divergence
-
-        return min(done, key=order)
+        return best_of(self.attempts, self.max_drop)
 
     def to_json(self) -> list[Json]:
         """Everything tried, in order."""
-        best = self.best
-        return [one.to_json(kept=i == best, max_drop=self.max_drop) for i, one in enumerate(self.attempts)]
+        return as_json(self.attempts, self.max_drop)
 
     # ---------------------------------------------------------------- the rungs
 

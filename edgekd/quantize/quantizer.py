@@ -165,15 +165,8 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
             _annotate(node, {branch: self._activation()}, None)
 
     def _activation(self) -> QuantizationSpecBase:
-        signed = self.rules.activation == "int8"
-        symmetric = self.rules.activation_symmetric
-        return QuantizationSpec(
-            dtype=torch.int8 if signed else torch.uint8,
-            observer_or_fake_quant_ctr=FakeQuantizer.with_args(lowest_scale=LOWEST_SCALE),
-            quant_min=-128 if signed else 0,
-            quant_max=127 if signed else 255,
-            qscheme=torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine,
-        )
+        made = FakeQuantizer.with_args(lowest_scale=LOWEST_SCALE)
+        return QuantizationSpec(observer_or_fake_quant_ctr=made, **activations(self.rules))
 
     def _weight(self, axis: int) -> QuantizationSpecBase:
         whole = not self.rules.weight_per_channel
@@ -212,6 +205,17 @@ def narrow(shape: Sequence[int], least: int, *, groups: int = 1, transposed: boo
     return (
         "" if fits else f"{ins} → {outs} channels in {groups} groups, kernel {'×'.join(map(str, kernel))}: too narrow"
     )
+
+
+def activations(rules: QuantizationRules) -> dict[str, Any]:
+    """The integers that values between layers become, and how: arguments of a `FakeQuantizer`."""
+    signed = rules.activation == "int8"
+    return {
+        "dtype": torch.int8 if signed else torch.uint8,
+        "quant_min": -128 if signed else 0,
+        "quant_max": 127 if signed else 255,
+        "qscheme": torch.per_tensor_symmetric if rules.activation_symmetric else torch.per_tensor_affine,
+    }
 
 
 def layer_name(node: Node) -> str:

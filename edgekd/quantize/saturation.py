@@ -12,7 +12,6 @@ Since x ≤ 255 nothing can be clipped where no two weights of one sign of an ou
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgekd.backends.onnxruntime import onnxruntime
 from edgekd.graph.edit import save, strip, tensors
+from edgekd.quantize.inside import inside
 from edgekd.types import Arrays, Json
 
 MOST = 128  # two weights of one sign together
@@ -264,21 +263,9 @@ def _windows(layer: _Layer, data: np.ndarray, random: np.random.Generator) -> np
 
 
 def _values(model: onnx.ModelProto, names: set[str], given: Arrays) -> Mapping[str, np.ndarray]:
-    """Values inside the graph for the first samples, one after the other, as a graph of a fixed batch wants it."""
-    opened = onnx.ModelProto()
-    opened.CopyFrom(model)
-    for name in sorted(names):
-        opened.graph.output.add().name = name
-        opened.graph.output[-1].type.tensor_type.elem_type = onnx.TensorProto.UINT8
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "opened.onnx"
-        onnx.save(opened, path)
-        session = onnxruntime(optimizations=False).load(path, 1)
-    try:
-        count = min(_SAMPLES, len(next(iter(given.values()))))
-        rows = [session({name: array[i : i + 1] for name, array in given.items()}) for i in range(count)]
-    finally:
-        session.close()
+    """Values inside the graph for the first samples."""
+    few = {name: array[:_SAMPLES] for name, array in given.items()}
+    rows = list(inside(model, names, few, onnx.TensorProto.UINT8))
     return {name: np.concatenate([row[name] for row in rows]) for name in names}
 
 
