@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor, bfloat16, nn
 
 from edgekd import data as sources
-from edgekd import distillation, models, plugins, pruning, toml
+from edgekd import distillation, models, plugins, pruning, store, toml
 from edgekd.bench import accuracy
 from edgekd.data.samples import Reading, wrapped
 from edgekd.distillation import Teacher
@@ -20,9 +21,9 @@ from edgekd.errors import DataError, ModelError, RecipeError
 from edgekd.goals import Prune
 from edgekd.models.network import Network
 from edgekd.outcome import Pruning
-from edgekd.recipe import loss_terms
-from edgekd.store import make_folder
+from edgekd.recipe import Quantize, loss_terms
 from edgekd.types import (
+    Arrays,
     Augment,
     Dataset,
     Interval,
@@ -33,6 +34,7 @@ from edgekd.types import (
     Part,
     Precision,
     Preprocessing,
+    QuantizationMethod,
     Say,
     Target,
     Task,
@@ -100,10 +102,10 @@ def distill(
     teachers = [Teacher(_network(module, spec, found, built)) for module in modules]
     terms = distillation.default_losses(built) if losses is None else loss_terms(losses)
     with tempfile.TemporaryDirectory(prefix="edgekd-") as scratch:
-        work = make_folder(Path(scratch) if out is None else Path(out))
+        work = store.make_folder(Path(scratch) if out is None else Path(out))
         meta = distillation.distill(
             pupil, teachers, found, terms, training, augment or Augment(), task=built, seed=seed, work=work,
-            cache=None if cache is None else make_folder(Path(cache)), say=say or _silent,
+            cache=None if cache is None else store.make_folder(Path(cache)), say=say or _silent,
         )  # fmt: skip
     truth = accuracy.labels(found.test)
     scores = [built.scores(distillation.evaluate(each, found.test), truth) for each in (teachers[0].network, pupil)]
@@ -163,7 +165,8 @@ def prune(
     inputs = _tuple_of(example_inputs)
     if measure == "latency_ms" and timer is None:
         raise RecipeError("latency_ms needs a timer", where=where, fix="give timer=, milliseconds that a module takes")
-    macs, count = pruning.cost.macs(module.eval(), inputs), pruning.cost.parameters(module)
+    module = copy.deepcopy(module).eval()
+    macs, count = pruning.cost.macs(module, inputs), pruning.cost.parameters(module)
     goal *= {"macs": macs, "parameters": count}.get(measure, 1)
 
     def gradients(probe: nn.Module) -> None:
@@ -176,7 +179,7 @@ def prune(
         timer=timer, batches=None if batches is None else lambda: map(_tuple_of, batches),
     )  # fmt: skip
     if out is not None:
-        pruning.write(made, make_folder(Path(out)))
+        pruning.write(made, store.make_folder(Path(out)))
     account = Pruning(
         measure=measure, goal=goal, before=made.before, after=made.after, importance=asked.importance,
         round_to=asked.round_to or 1, rounds=1, macs_before=macs,
@@ -207,6 +210,10 @@ def quantize_model(
     *,
     target: str = "host",
     precision: Precision = "int8",
+    task: str | Task | None = None,
+    method: str | Sequence[QuantizationMethod] = "auto",
+    max_drop: float = 0.005,
+    float_layers: Sequence[str] = (),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     say: Say | None = None,
@@ -215,12 +222,19 @@ def quantize_model(
 
         edgekd.quantize_model(module, [batch for batch, _ in loader], "model-int8.onnx")
 
+    The model stays as it is; the file is there whole, or not at all.
+
     Args:
         model: a module, or the path of a float32 ONNX file, which is quantized as ONNX.
         calibration: batches of real inputs: an array or tensor, or several by name (of a module: in the order of its
-            arguments). Read more than once where it can be; an iterator is held in memory.
-        path: of the file to write.
+            arguments). Read one after the other as often as needed; an iterator, which cannot be, is held in memory.
+        path: of the file to write; its folder is made.
         precision: "int8" (static, calibrated), "w8" (int8 weights alone), "dynamic", "fp16" or "fp32".
+        task: what the output is for: the name of a task, or one; None: "classification" for an output of several
+            columns, "regression" for any other.
+        method: of int8, of a module: "auto" tries the cheapest first, or what to do whatever comes of it.
+        max_drop: of int8: part of the task's metric that may be lost, as far as calibration samples tell.
+        float_layers: of int8, of a module: paths of layers, or of modules around them, that stay in float.
         mean, std: of a module that takes images, where batches are uint8, batch × height × width × channels: the
             graph then takes bytes and normalises them. Left out: the graph takes what the module takes.
 
@@ -233,54 +247,90 @@ def quantize_model(
     wanted = targets.load(target)
     if precision not in (*wanted.precisions, "fp32"):
         raise ModelError(f"{target} takes no {precision}", where="precision", expected=", ".join(wanted.precisions))
-    batches = [_named(batch) for batch in calibration]
-    if not batches:
+    batches = _Batches(list(calibration) if iter(calibration) is calibration else calibration)
+    if next(iter(batches), None) is None:
         raise DataError("there are no calibration samples", where="calibration", expected="at least one batch")
-    written = Path(path)
+    options = {"method": method if isinstance(method, str) else [*method], "max_drop": max_drop}
+    asked = toml.read(Quantize, options | {"float_layers": [*float_layers]}, "quantize_model()")
+    judged: Task | None = plugins.build("tasks", Part(task)) if isinstance(task, str) else task
+    store.make_folder(Path(path).absolute().parent)
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        work = Path(folder)
+        written = Path(folder) / "written.onnx"
         if isinstance(model, nn.Module):
-            account, parity = _module_form(
-                model, batches, wanted, precision, written, work, (mean, std), say or _silent
-            )
+            network = _normalising(model, next(iter(batches)), mean, std)
+            account, parity = _module_form(network, batches, wanted, precision, asked, judged, written, say or _silent)
         else:
-            if mean is not None or std is not None:
-                raise ModelError("mean and std are for modules", where=str(model), fix="normalise the batches")
-            account, parity = onnx_file.of_batches(Path(model), batches, wanted, precision, written, work)
-    return QuantizedModel(written, precision, parity, account)
+            _without(mean=mean, std=std, float_layers=float_layers or None, where=str(model))
+            account, parity = onnx_file.of_batches(
+                Path(model), batches, wanted, precision, written, Path(folder), task=judged, max_drop=max_drop
+            )
+        store.copy(written, Path(path))
+    return QuantizedModel(Path(path), precision, parity, account)
 
 
-def _module_form(
-    module: nn.Module, batches: Sequence[dict[str, np.ndarray]], target: Target, precision: Precision, path: Path,
-    work: Path, normalised: tuple[Sequence[float] | None, Sequence[float] | None], say: Say,
-) -> tuple[dict[str, Json], Parity]:  # fmt: skip
-    """The quantized graph of a module; int8 in PyTorch, other forms of its float graph."""
-    from edgekd import export, onnx_file, quantize
+def _without(*, where: str, **given: object) -> None:
+    """Raise ModelError where an option is given that is for modules."""
+    told = [name for name, value in given.items() if value is not None]
+    if told:
+        raise ModelError(f"{', '.join(told)}: for modules, not for an ONNX file", where=where, fix="leave them out")
 
-    first, (mean, std) = batches[0], normalised
-    specs = tuple(TensorSpec(name, str(a.dtype), ("batch", *a.shape[1:])) for name, a in first.items())
+
+def _normalising(
+    module: nn.Module, first: Arrays, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Network:
+    """A copy of the module on the CPU, behind the normalisation of images where that is asked for."""
+    others = {str(each.dtype).removeprefix("torch.") for each in module.parameters() if each.is_floating_point()}
+    if others - {"float32"}:
+        raise ModelError(
+            f"its weights are {', '.join(sorted(others))}", where=type(module).__name__,
+            expected="float32, of which every other form is made", fix="give module.float() and float32 batches",
+        )  # fmt: skip
+    specs = tuple(TensorSpec(name, str(array.dtype), ("batch", *array.shape[1:])) for name, array in first.items())
     preprocessing = None
     if mean is not None and std is not None:
         if len(specs) != 1 or specs[0].dtype != "uint8" or len(specs[0].shape) != 4:
             told = ", ".join(f"'{spec.name}' {spec.dtype} {spec.shape}" for spec in specs)
             raise ModelError(f"batches are {told}", where="mean and std", expected="one uint8 input, channels last")
         preprocessing = Preprocessing((first[specs[0].name].shape[1:3]), tuple(mean), tuple(std))
-    network = Network(module.eval(), specs, preprocessing).cpu()
-    fp32 = work / "fp32.onnx"
-    opset, inside = target.opset, preprocessing is not None
+    return Network(copy.deepcopy(module).eval(), specs, preprocessing).cpu()
+
+
+def _module_form(
+    network: Network, batches: _Batches, target: Target, precision: Precision, asked: Quantize, task: Task | None,
+    path: Path, say: Say,
+) -> tuple[dict[str, Json], Parity]:  # fmt: skip
+    """The quantized graph of a module; int8 in PyTorch, other forms of its float graph."""
+    from edgekd import export, onnx_file, quantize
+
+    first, fp32 = next(iter(batches)), path.with_name("fp32.onnx")
+    opset, inside = target.opset, network.preprocessing is not None
     static = export.export(network, first, opset=opset, preprocessing=inside, path=fp32, say=say)
     if precision != "int8":
         return onnx_file.of_graph(fp32, batches, target, precision, path)
     meta = quantize.quantize(
-        network, batches, target.quantization, opset=opset, preprocessing=inside, path=path, say=say
+        network, batches, target.quantization, opset=opset, preprocessing=inside, path=path, say=say,
+        method=asked.method, max_drop=asked.max_drop, float_layers=asked.float_layers,
+        task=task or onnx_file.task_of(fp32),
     )  # fmt: skip
-    return onnx_file.checked(fp32, batches, target, path, meta | static)
+    return onnx_file.checked(fp32, first, target, path, meta | static)
 
 
-def _named(batch: Any) -> dict[str, np.ndarray]:
-    named = batch if isinstance(batch, Mapping) else {"x": batch}
-    arrays = {str(name): value.detach().cpu() if isinstance(value, Tensor) else value for name, value in named.items()}
-    return {name: np.asarray(value) for name, value in arrays.items()}
+@dataclass(frozen=True, slots=True)
+class _Batches:
+    """Batches by name, made as they are read."""
+
+    given: Iterable[Any]
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        for batch in self.given:
+            named = batch if isinstance(batch, Mapping) else {"x": batch}
+            yield {str(name): _array(str(name), value) for name, value in named.items()}
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    if isinstance(value, Tensor) and value.dtype == bfloat16:
+        raise DataError(f"'{name}' is bfloat16", where="calibration", expected="float32, as the module takes it")
+    return np.asarray(value.detach().cpu() if isinstance(value, Tensor) else value)
 
 
 def _data(data: Any, task: Task, seed: int) -> Dataset:

@@ -10,11 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import tiny_onnx
-import torch
 from command_line import call
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
-from torch import nn
 
 import edgekd
 from edgekd.backends.onnxruntime import fused, onnxruntime
@@ -22,7 +20,6 @@ from edgekd.data.unlabelled import samples
 from edgekd.errors import DataError, ModelError
 from edgekd.graph import given
 from edgekd.graph.edit import tensors
-from edgekd.quantize.saturation import exposed
 
 ALONE = """
 name = "small"
@@ -313,55 +310,3 @@ def test_samples_without_labels_are_divided_and_bounded(tmp_path: Path) -> None:
     np.savez(tmp_path / "odd.npz", x=np.zeros((3, 3)), z=np.zeros((4, 3)))
     with pytest.raises(DataError, match="as many samples each"):
         samples(tmp_path / "odd.npz", size=None, channels=None, seed=0)
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 5))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("precision", ["int8", "w8", "dynamic"])
-def test_a_module_in_hand(tmp_path: Path, precision: Any) -> None:
-    torch.manual_seed(0)
-    module = Small()
-    batches = [torch.rand(16, 3, 8, 8) for _ in range(2)]
-    made = edgekd.quantize_model(module, batches, tmp_path / "q.onnx", precision=precision)
-    assert made.path == tmp_path / "q.onnx"
-    assert made.parity.cosine > 0.99
-    assert made.account["quantized"]
-    session = onnxruntime().load(made.path, 1)
-    with torch.no_grad():
-        expected = module(batches[0]).numpy()
-    found = session({"x": batches[0].numpy()})["logits"]
-    session.close()
-    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
-    if precision == "int8":
-        assert made.account["quantizer"] == "pt2e"
-        assert fused(made.path)["float"] == {}
-        assert isinstance(made.account["relieved"], dict)
-
-
-def test_a_module_of_images_with_its_normalisation_inside(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
-    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    made = edgekd.quantize_model(Small(), [{"image": images}], tmp_path / "q.onnx", mean=mean, std=std)
-    assert onnx.load(made.path).graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
-    with pytest.raises(ModelError, match="one uint8 input"):
-        edgekd.quantize_model(Small(), [torch.rand(4, 3, 8, 8)], tmp_path / "q.onnx", mean=mean, std=std)
-
-
-def test_an_onnx_file_in_hand(tmp_path: Path) -> None:
-    path = tiny_onnx.classifier(tmp_path / "m.onnx")
-    made = edgekd.quantize_model(path, [tiny_onnx.images(16)], tmp_path / "q.onnx")
-    assert made.account["quantizer"] == "onnxruntime"
-    assert not exposed(onnx.load(made.path)) or made.account["relieved"] is not None
-    with pytest.raises(DataError, match="no calibration samples"):
-        edgekd.quantize_model(path, [], tmp_path / "q.onnx")
-    with pytest.raises(ModelError, match="host takes no fp16"):
-        edgekd.quantize_model(path, [tiny_onnx.images(2)], tmp_path / "q.onnx", precision="fp16")
-    with pytest.raises(ModelError, match="it takes image, a batch has a, b"):
-        edgekd.quantize_model(path, [{"a": tiny_onnx.images(2), "b": tiny_onnx.images(2)}], tmp_path / "q.onnx")

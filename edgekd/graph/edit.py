@@ -136,13 +136,6 @@ def preparing(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(names)
 
 
-def unfolded(model: onnx.ModelProto) -> tuple[str, ...]:
-    """BatchNormalization nodes behind a convolution that should have taken them in."""
-    made = {output: node for node in model.graph.node for output in node.output}
-    norms = (node for node in model.graph.node if node.op_type == "BatchNormalization")
-    return tuple(n.name for n in norms if n.input[0] in made and made[n.input[0]].op_type in {"Conv", "ConvTranspose"})
-
-
 def _rename(graph: ir.Graph) -> None:
     taken = {value.name for value in (*graph.inputs, *graph.outputs)}
     counts: dict[str, int] = {}

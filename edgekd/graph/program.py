@@ -100,6 +100,8 @@ def capture(network: Network, args: Sequence[Tensor], inputs: Sequence[TensorSpe
     """
     import torch
 
+    from edgekd.graph.plain import plain
+
     network.eval()
     dims = {d: torch.export.Dim(d) for spec in inputs for d in spec.shape if isinstance(d, str)}
     shapes = (tuple({k: dims[d] for k, d in enumerate(s.shape) if isinstance(d, str)} for s in inputs),)
@@ -115,7 +117,7 @@ def capture(network: Network, args: Sequence[Tensor], inputs: Sequence[TensorSpe
         program = Program(exported, pair, tuple(inputs), shapes, None)
     else:
         program = _capture_static(entry, args, inputs, why_static)
-    _plain_pools(program.exported)
+    plain(program.exported)
     outputs = program.exported.graph_signature.user_outputs
     if len(outputs) != 1 or not isinstance(outputs[0], str):
         raise ModelError(
@@ -125,24 +127,6 @@ def capture(network: Network, args: Sequence[Tensor], inputs: Sequence[TensorSpe
             fix="wrap the model in a module whose forward returns its logits",
         )
     return program
-
-
-def _plain_pools(exported: ExportedProgram) -> None:
-    """An adaptive pool to 1 × 1 becomes the mean that it is.
-
-    The exporter writes its general form, with tables of indices, where height and width are small or differ.
-    """
-    import torch
-
-    graph = exported.graph_module.graph
-    for node in list(graph.nodes):
-        if node.target is torch.ops.aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
-            with graph.inserting_before(node):
-                mean = graph.call_function(torch.ops.aten.mean.dim, (node.args[0], [-1, -2], True))
-            mean.meta = dict(node.meta)
-            node.replace_all_uses_with(mean)
-            graph.erase_node(node)
-    exported.graph_module.recompile()
 
 
 def recapture(module: nn.Module, program: Program) -> Program:
@@ -215,6 +199,7 @@ def _entry(module: nn.Module, prepare: Callable[..., tuple[Tensor, ...]] | None 
     What it reads is contiguous: of a transposed image the exporter would trace how each pool strides over it.
     """
     from torch import nn
+    from torch.utils import _pytree as pytree
 
     class Entry(nn.Module):
         def __init__(self) -> None:
@@ -223,7 +208,9 @@ def _entry(module: nn.Module, prepare: Callable[..., tuple[Tensor, ...]] | None 
 
         def forward(self, *inputs: Tensor) -> Any:
             prepared = inputs if prepare is None else prepare(*inputs)
-            return self.inner(*(value.contiguous() for value in prepared))
+            found = self.inner(*(value.contiguous() for value in prepared))
+            leaves = pytree.tree_leaves(found)  # one tensor may stand in a tuple or under a name
+            return leaves[0] if len(leaves) == 1 else found
 
     return Entry()
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from edgekd.graph.edit import cast_first, save, strip
 from edgekd.graph.edit import opset as opset_of
 from edgekd.graph.opset import lower
 from edgekd.graph.program import quiet, reason
-from edgekd.onnx_file.feed import Feed, feeding, layout, signature, split
+from edgekd.onnx_file.feed import Feed, check_batch, feeding, layout, signature, split
 from edgekd.onnx_file.figures import Form, examiner, judged_by, measured, outputs
 from edgekd.quantize import lint, saturation, worth
 from edgekd.quantize.dynamic import quantize_dynamic
@@ -110,14 +110,15 @@ def quantize_file(user: Given, targets: Sequence[Target], out: Path, *, threads:
 
 def quantized(
     model: onnx.ModelProto, precision: Precision, target: Target, feeds: Iterable[Arrays], path: Path,
-    task: Task | None = None,
+    task: Task | None = None, max_drop: float = quantize.MAX_DROP,
 ) -> dict[str, Json]:  # fmt: skip
     """Write one form of a float32 graph to `path`.
 
     Args:
         model: as `given.read` gives it.
         feeds: batches to calibrate with, as the graph takes them; the first of them are what sums are looked at with.
-        task: what the first output is for; None: that follows from its form.
+        task: of int8: what the first output is for; None: that follows from its form.
+        max_drop: of int8: part of the task's metric that may be lost.
 
     Returns:
         An account: `quantizer`, `quantized` (nodes), `float` (node → why), `samples`, `methods`, `relieved`, `nodes`.
@@ -137,7 +138,7 @@ def quantized(
         save(small, path)
         return {"quantizer": f"onnx, {precision}", "quantized": list(done), "float": dict(left)}
     try:
-        made = quantize_onnx(model, feeds, rules, max_drop=quantize.MAX_DROP, task=task)
+        made = quantize_onnx(model, feeds, rules, max_drop=max_drop, task=task)
     except EdgekdError:
         raise
     except Exception as problem:  # onnxruntime's quantizer raises many kinds
@@ -159,12 +160,13 @@ def quantized(
 
 
 def of_batches(
-    given_path: Path, batches: Sequence[Arrays], target: Target, precision: Precision, path: Path, work: Path
-) -> tuple[dict[str, Json], Parity]:
+    given_path: Path, batches: Iterable[Arrays], target: Target, precision: Precision, path: Path, work: Path, *,
+    task: Task | None = None, max_drop: float = quantize.MAX_DROP,
+) -> tuple[dict[str, Json], Parity]:  # fmt: skip
     """One form of a user's ONNX file, written to `path`, with its account and its parity with the float graph.
 
     Args:
-        batches: as the graph takes them; a single input may have any name.
+        batches: as the graph takes them; a single input may have any name. Read twice, one after the other.
         work: an empty folder.
 
     Raises:
@@ -172,34 +174,55 @@ def of_batches(
     """
     plain = given.read(given_path)
     inputs, _ = signature(plain)
-    named = [_named(batch, inputs, str(given_path)) for batch in batches]
+    check_batch(inputs, str(given_path))
+    named = _Named(batches, inputs, str(given_path))
     save(_of_opset(plain, target), work / "fp32.onnx")
-    return of_graph(work / "fp32.onnx", named, target, precision, path)
+    return of_graph(work / "fp32.onnx", named, target, precision, path, task=task, max_drop=max_drop)
 
 
 def of_graph(
-    fp32: Path, batches: Sequence[Arrays], target: Target, precision: Precision, path: Path
-) -> tuple[dict[str, Json], Parity]:
+    fp32: Path, batches: Iterable[Arrays], target: Target, precision: Precision, path: Path, *,
+    task: Task | None = None, max_drop: float = quantize.MAX_DROP,
+) -> tuple[dict[str, Json], Parity]:  # fmt: skip
     """One form of a plain float32 graph, written to `path`, with its account and its parity with it."""
     inputs, _ = signature(onnx.load(fp32))
-    feeds = [one for batch in batches for one in split(batch, inputs)]
-    account = quantized(onnx.load(fp32), precision, target, iter(feeds), path)
-    return account, export.parity(outputs(fp32, feeds[:1]), outputs(path, feeds[:1]))
+    feeds = (one for batch in batches for one in split(batch, inputs))
+    account = quantized(onnx.load(fp32), precision, target, feeds, path, task, max_drop)
+    first = [next(split(next(iter(batches)), inputs))]
+    return account, export.parity(outputs(fp32, first), outputs(path, first))
 
 
 def checked(
-    fp32: Path, batches: Sequence[Arrays], target: Target, path: Path, account: dict[str, Json]
+    fp32: Path, batch: Arrays, target: Target, path: Path, account: dict[str, Json]
 ) -> tuple[dict[str, Json], Parity]:
     """The int8 graph of a module in `path`, made right for sums in 16 bits where the target has them, and its parity.
 
     Args:
-        batches: samples as stored, as the graphs take them.
+        batch: samples as stored, as the graphs take them.
     """
     inputs, _ = signature(onnx.load(fp32))
-    feeds = list(split(batches[0], inputs))
+    feeds = list(split(batch, inputs))
     if target.quantization.sums_16_bit:
         account |= saturation.relieve(path, {key: np.concatenate([f[key] for f in feeds]) for key in feeds[0]})
     return account, export.parity(outputs(fp32, feeds), outputs(path, feeds))
+
+
+def task_of(fp32: Path) -> Task:
+    """What the first output of a graph is for, as far as its form tells."""
+    return quantize.task_of(signature(onnx.load(fp32))[1][0].shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """Batches with the names that the graph's inputs have."""
+
+    batches: Iterable[Arrays]
+    inputs: Sequence[TensorSpec]
+    where: str
+
+    def __iter__(self) -> Iterator[Arrays]:
+        for batch in self.batches:
+            yield _named(batch, self.inputs, self.where)
 
 
 def _named(batch: Arrays, inputs: Sequence[TensorSpec], where: str) -> dict[str, np.ndarray]:

@@ -74,6 +74,13 @@ def split(batch: Arrays, inputs: Sequence[TensorSpec]) -> Iterator[Arrays]:
         yield {name: array[at : at + 1] for name, array in batch.items()}
 
 
+def check_batch(inputs: Sequence[TensorSpec], where: str) -> None:
+    """Raise ModelError where a graph takes another number of samples than one, or any."""
+    for spec in inputs:
+        if isinstance(spec.shape[0], int) and spec.shape[0] != 1:
+            raise ModelError(f"its batch is fixed to {spec.shape[0]}", where=where, expected="a batch of 1, or any")
+
+
 def layout(spec: TensorSpec) -> str:
     """Where an image's channels are: last, "NHWC", unless the first dimension may be their number too."""
     return "NHWC" if spec.shape[3] in (1, 3) and spec.shape[1] not in (1, 3) else "NCHW"
@@ -118,8 +125,7 @@ def feeding(
                 f"its input '{spec.name}' is {spec.dtype} {shown(spec.shape)}, "
                 f"a sample is {made[spec.name].dtype} {shown(shape)}", where=where, expected="samples of that form",
             )  # fmt: skip
-        if isinstance(spec.shape[0], int) and spec.shape[0] != 1:
-            raise ModelError(f"its batch is fixed to {spec.shape[0]}", where=where, expected="a batch of 1, or any")
+    check_batch(inputs, where)
     return feed
 
 

@@ -21,6 +21,7 @@ from edgekd.graph.program import Program, capture, graph_inputs, reason, recaptu
 from edgekd.quantize import state
 from edgekd.quantize.examination import examine
 from edgekd.quantize.ladder import SECONDS, Ladder, holds, told
+from edgekd.quantize.measured import task_of
 from edgekd.quantize.onnx_level import quantize_onnx
 from edgekd.quantize.qdq import finish
 from edgekd.quantize.quantizer import within
@@ -31,7 +32,7 @@ from edgekd.types import Arrays, Batch, Json, QuantizationMethod, QuantizationRu
 if TYPE_CHECKING:
     from edgekd.models.network import Network
 
-__all__ = ["MAX_DROP", "SECONDS", "VERSION", "check_layers", "holds", "quantize", "told", "write"]
+__all__ = ["MAX_DROP", "SECONDS", "VERSION", "check_layers", "holds", "quantize", "task_of", "told", "write"]
 
 VERSION = 4
 MAX_DROP = 0.005  # half a point
@@ -106,6 +107,8 @@ def quantize(
             ladder.climb(say, seconds=seconds)
         else:
             ladder.apply(method, seconds=seconds)
+        if not simulation.quantized:
+            raise ModelError("it finds no layer that it can quantize")
         model, meta = write(simulation, opset)
         meta |= {"samples": ladder.samples_used, "methods": ladder.to_json()}
         if sensitivity:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from edgekd import plugins
 from edgekd.quantize.simulation import Inputs, Simulation
-from edgekd.types import Json, Task
+from edgekd.types import Json, Part, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,13 @@ class _Sums:
     moments: Tensor | None = None  # of values: sum, sum of squares and sum of squared errors by output
 
 
+def task_of(shape: Sequence[int | str]) -> Task:
+    """What an output of this shape is for where nobody says: classes where it has several columns, else values."""
+    decides = len(shape) == 2 and shape[1] != 1
+    task: Task = plugins.build("tasks", Part("classification" if decides else "regression"))
+    return task
+
+
 def measure(
     simulation: Simulation, batches: Iterable[tuple[Inputs, np.ndarray | None]], task: Task | None = None
 ) -> Loss:
@@ -93,7 +101,7 @@ def compare(batches: Iterable[tuple[Tensor, Tensor, np.ndarray | None]], task: T
 
 
 def _add(sums: _Sums, wanted: Tensor, found: Tensor, task: Task | None) -> None:
-    wanted, found = wanted.double(), found.double()
+    wanted, found = (each.double() if each.dim() > 1 else each.double()[:, None] for each in (wanted, found))
     count = len(wanted)
     sums.samples += count
     sums.signal += float(wanted.square().sum())

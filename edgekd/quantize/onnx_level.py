@@ -16,7 +16,6 @@ from onnxruntime import quantization as ort_quantization
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData, create_calibrator, save_tensors_data
 from torch import Tensor
 
-from edgekd import plugins
 from edgekd.errors import DataError, ModelError
 from edgekd.graph.edit import preparing, tensors
 from edgekd.graph.program import quiet
@@ -24,10 +23,10 @@ from edgekd.quantize.fake_quantizer import FakeQuantizer
 from edgekd.quantize.histogram import Histogram
 from edgekd.quantize.inside import inside
 from edgekd.quantize.ladder import RANGES, Attempt, as_json, best_of
-from edgekd.quantize.measured import Loss, compare
+from edgekd.quantize.measured import Loss, compare, task_of
 from edgekd.quantize.quantizer import LOWEST_SCALE, activations, narrow
 from edgekd.quantize.ranges import METHODS
-from edgekd.types import Arrays, Json, Part, QuantizationRules, Task
+from edgekd.types import Arrays, Json, QuantizationRules, Task
 
 Ranges: TypeAlias = "dict[str, tuple[np.float32, np.float32]]"  # value of the graph → its smallest and largest
 
@@ -238,16 +237,14 @@ class _Trial:
         self._given = given
         self._output = model.graph.output[0].name
         self._wanted = self._outputs(model)
-        decides = self._wanted.ndim == 2 and self._wanted.shape[1] > 1
-        self._task: Task = task or plugins.build("tasks", Part("classification" if decides else "regression"))
+        self._task = task or task_of(self._wanted.shape)
 
     def loss(self, made: onnx.ModelProto) -> Loss:
         return compare([(self._wanted, self._outputs(made), None)], self._task)
 
     def _outputs(self, model: onnx.ModelProto) -> Tensor:
         rows = [row[self._output] for row in inside(model, [self._output], self._given, onnx.TensorProto.FLOAT)]
-        found = torch.from_numpy(np.concatenate(rows))
-        return found if found.ndim > 1 else found[:, None]
+        return torch.from_numpy(np.concatenate(rows))
 
 
 def _excluded(model: onnx.ModelProto, node: onnx.NodeProto, rules: QuantizationRules) -> str:

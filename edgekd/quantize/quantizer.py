@@ -75,7 +75,10 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
             if node.target in CONV | TRANSPOSED | LINEAR:
                 self._layer(model, node)
             elif node.target in PRODUCT and len(node.all_input_nodes) > 1:
-                self.left[layer_name(node)] = "a product of two activations"
+                stored = any(each.op == "get_attr" for each in node.all_input_nodes)
+                self.left[layer_name(node)] = (
+                    "a product with a weight that is read elsewhere too" if stored else "a product of two activations"
+                )
             elif self.rules.quantize_outputs:
                 self._between(node)
             elif node.target in ADD:
@@ -223,8 +226,7 @@ def layer_name(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]
     name = paths[-1] if paths else ""
-    for prefix in ("L__self___", "L['self'].", "inner.", "module.", "inner", "module"):
-        name = name.removeprefix(prefix)
+    name = "" if name == "inner" else name.removeprefix("inner.")  # of the module that `capture` traces
     return name or node.name
 
 

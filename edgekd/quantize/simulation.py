@@ -25,6 +25,7 @@ from edgekd.quantize.quantizer import CLIP, CONV, LINEAR, TRANSPOSED, RulesQuant
 from edgekd.types import QuantizationRules
 
 Inputs: TypeAlias = "tuple[Tensor, ...]"  # what the graph takes, batch first
+FOLDING_TOLERANCE = 1e-3  # of the largest logit, or of 1; folding changes the order of sums (measured: 1e-6)
 Kind: TypeAlias = Literal["input", "output", "weight"]
 
 
@@ -109,6 +110,15 @@ class Simulation:
         self._adjusted: dict[str, nn.Parameter] = {}
         for path, parameter in self._floats.items():
             _set(self.graph, path, parameter)
+        self._check()
+
+    def _check(self) -> None:
+        """At rest it is the float network: what folds batch normalisation is not ours."""
+        with torch.no_grad():
+            wanted, found = self.program.exported.module()(*self.program.args), self(*self.program.args)
+        if not torch.allclose(found, wanted, rtol=0, atol=FOLDING_TOLERANCE * max(1.0, float(wanted.abs().max()))):
+            worst = float((found - wanted).abs().max())
+            raise ModelError(f"the graph that is to be quantized differs from the network by up to {worst:.3g}")
 
     # ---------------------------------------------------------------- what is simulated
 
