@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VERSION", "check_parity", "export", "parity", "strip", "to_fp16", "to_opset"]
 
-VERSION = 1
+VERSION = 2
 
 # Largest difference of two logits, in units of the largest logit. Sums in another order differ by about 1e-6 of it
 # (measured: 6e-6 for ResNet-20, 5e-7 for ViT-tiny); a wrong epsilon, padding or weight by more than 1e-2.

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_DROP", "SECONDS", "VERSION", "check_layers", "holds", "quantize", "task_of", "told", "write"]
 
-VERSION = 4
+VERSION = 5
 MAX_DROP = 0.005  # half a point
 
 
