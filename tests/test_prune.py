@@ -64,17 +64,16 @@ def test_parameters_and_the_weights_file_are_goals_too(measure: Any, tmp_path: P
         assert sum(p.numel() for p in made.module.parameters()) == made.after
 
 
-def test_latency_is_a_goal_where_somebody_measures_it() -> None:
+def test_a_later_round_keeps_everything_where_the_goal_is_kept_already() -> None:
     module = built(lambda: resnet8(10, PIXELS, width=8))
-    asked: list[int] = []
-
-    def timer(candidate: nn.Module) -> float:
-        asked.append(cost.macs(candidate, (images(),)))
-        return asked[-1] / 1e6
-
-    made: Any = pruning.prune(module, (images(),), "latency_ms", 0.5 * timer(module), Prune(latency_ms=1), timer=timer)
-    assert 0.4 < made.after / made.before <= 0.5
-    assert len(asked) < 30  # each of them is an export and a measurement
+    first = cut_to(module, images(), 0.6)
+    again: Any = pruning.prune(
+        first.module, (images(),), "macs", first.after, Prune(macs=0.5), round_to=8, architecture=module
+    )
+    assert again.before == again.after == first.after
+    assert again.layers == {}
+    assert again.shapes == first.shapes
+    assert torch.equal(again.module(images()), first.module(images()))
 
 
 def test_a_goal_out_of_reach_or_reached_already_is_refused() -> None:
