@@ -23,7 +23,7 @@ from edgekd import distillation, qad, quantize, target, training
 from edgekd.backends.onnxruntime import onnxruntime
 from edgekd.deploy import Calibration, Source, Workshop, deploy, reference
 from edgekd.distillation import Teacher
-from edgekd.errors import ParityError
+from edgekd.errors import EdgekdError, ParityError
 from edgekd.graph.program import capture, graph_inputs
 from edgekd.models.network import Network
 from edgekd.quantize import state
@@ -380,6 +380,44 @@ def test_what_is_no_better_is_not_kept_and_what_fails_is_said(
     found, (note,) = int8(replace(there, recovery=replace(there.recovery, options=quick)))
     assert found == plain
     assert note.endswith(": not kept")
+
+
+def test_older_runtimes_get_the_mixed_file_unless_distillation_is_kept(
+    broken: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, jetson = shop(tmp_path, broken, mixed="auto"), target.load("jetson")
+
+    def older(recovered: qad.Recovery | None) -> Path:
+        made = deploy(replace(there, recovery=recovered), jetson, source(broken, "t"), source(broken, "s"))
+        assert "student-int8-mixed" in {graph.id for graph in made.graphs}
+        return made.legacy["int8"]
+
+    assert there.recovery is not None
+    mixed = older(None)
+    kept = replace(there.recovery, options=replace(there.recovery.options, epochs=1))
+    assert older(kept) != mixed
+    monkeypatch.setattr(qad, "better", lambda one, other: False)
+    assert older(replace(kept, seed=1)) == mixed, "tried, and not kept"
+
+    def diverge(*_: Any, **__: Any) -> None:
+        raise EdgekdError("the loss is not finite")
+
+    monkeypatch.setattr(qad, "train", diverge)
+    assert older(replace(kept, seed=2)) == mixed, "could not be done"
+
+
+def test_what_was_quantized_as_onnx_is_not_distilled_and_the_reason_is_told(
+    broken: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("edgekd.quantize.Simulation", refuse)
+    both = source(broken, "t"), source(broken, "s")
+    made = deploy(shop(tmp_path, broken, max_drop=0.0), target.load("jetson"), *both)
+    (note,) = (text for text in made.notes if "distillation" in text)
+    why = "it was quantized as ONNX, where nothing can be trained"
+    assert note == f"there is no quantization-aware distillation of student-int8: {why}"
 
 
 RECIPE = """

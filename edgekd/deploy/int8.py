@@ -25,7 +25,7 @@ from edgekd.deploy.graphs import (
     samples,
     typed,
 )
-from edgekd.errors import EdgekdError, ModelError, StoreError
+from edgekd.errors import EdgekdError, StoreError
 from edgekd.quantize import examination, saturation, state
 from edgekd.types import (
     Backend,
@@ -69,29 +69,32 @@ def made(shop: Workshop, target: Target, backend: Backend, before: Graph, source
     """
     plain = _quantized(shop, target, before, source)
     mixed = _mixed(shop, target, backend, plain, before, source, timed)
-    whole = _taught(shop, target, plain, before, source)
+    whole, taught = _taught(shop, target, plain, before, source)
     ready = [halved(shop, whole, before, source) if typed(target) else whole]
     ready += [] if mixed is None else [mixed.ready]
-    best = mixed.graph if mixed is not None and whole is plain else whole
+    best = whole if mixed is None or taught else mixed.graph
     return Int8(plain, tuple(ready), best, _looked_into(target, plain, mixed))
 
 
-def _taught(shop: Workshop, target: Target, plain: Graph, before: Graph, source: Source) -> Graph:
-    """`plain`, or what quantization-aware distillation makes of it where it lost too much."""
+def _taught(shop: Workshop, target: Target, plain: Graph, before: Graph, source: Source) -> tuple[Graph, bool]:
+    """`plain`, or what quantization-aware distillation makes of it where it lost too much; and whether it is that."""
     if shop.recovery is None or quantize.holds(plain.artifact.meta):
-        return plain
+        return plain, False
+    if plain.artifact.meta.get("fallback"):
+        why = "it was quantized as ONNX, where nothing can be trained"
+        return _noted(plain, f"there is no quantization-aware distillation of {plain.id}: {why}"), False
     meta: Any = source.weights.meta
     epochs = shop.recovery.options.epochs
     about_s = _SLOWER * float(meta.get("train_s", 0.0)) / max(1, int(meta.get("epochs", 1))) * epochs
     if not shop.deadline.fits(f"quantization-aware distillation of {plain.id}", about_s):
-        return plain
+        return plain, False
     try:
         return _recovered(shop, shop.recovery, target, plain, before, source)
     except StoreError:
         raise
     except EdgekdError as problem:  # of a network that cannot be trained so, or a training that diverges
         why = f"{plain.id} lost more than max_drop, and quantization-aware distillation could not be done: {problem}"
-        return replace(plain, notes=(*plain.notes, why))
+        return _noted(plain, why), False
 
 
 def _quantized(shop: Workshop, target: Target, before: Graph, source: Source, mix: Sequence[str] = ()) -> Graph:
@@ -154,16 +157,14 @@ def _mixed(
         best = min(holding, key=lambda one: (examination.in_float(meta, one.layers), len(one.layers)))
         told = f"of {len(holding)} sets of layers in float that hold, it has the fewest multiply-accumulates in float"
     note = f"student-int8-mixed has {', '.join(best.layers)} in float: {'; '.join((*meta['mixed']['why'], told))}"
-    return replace(best, ready=replace(best.ready, notes=(*best.ready.notes, note)))
+    return replace(best, ready=_noted(best.ready, note))
 
 
 def _recovered(
     shop: Workshop, recovery: qad.Recovery, target: Target, graph: Graph, before: Graph, source: Source
-) -> Graph:
-    """The int8 student distilled anew, where that helps; else `graph`, as it is. Either says what was found."""
+) -> tuple[Graph, bool]:
+    """The int8 student distilled anew, where that helps; else `graph`. Either says what was found, and which it is."""
     start, rules = graph.artifact.path / state.FILE, target.quantization
-    if not start.exists():
-        raise ModelError("it was quantized as ONNX, where nothing can be trained")
     losses = qad.terms(source.weights, recovery.task)
 
     def train(work: Path) -> Mapping[str, Json]:
@@ -173,9 +174,9 @@ def _recovered(
 
     parents = [graph.artifact, source.weights, *recovery.artifacts]
     trained = shop.store.step("qad", qad.VERSION, qad.identity(recovery, losses), parents, train)
-    notes = (*graph.notes, f"{graph.id}: {qad.told(trained.meta, recovery.task.metric)}")
+    graph = _noted(graph, f"{graph.id}: {qad.told(trained.meta, recovery.task.metric)}")
     if not trained.meta["kept"]:
-        return replace(graph, notes=notes)
+        return graph, False
 
     def write(work: Path) -> Mapping[str, Json]:
         path = work / MODEL
@@ -190,7 +191,11 @@ def _recovered(
 
     options = {"opset": target.opset, "preprocessing": shop.preprocessing}
     made = shop.store.step("int8", quantize.VERSION, options, [trained, source.weights], write)
-    return replace(as_graph(graph.id, "quantized", "int8", made), notes=notes)
+    return replace(as_graph(graph.id, "quantized", "int8", made), notes=graph.notes), True
+
+
+def _noted(graph: Graph, note: str) -> Graph:
+    return replace(graph, notes=(*graph.notes, note))
 
 
 def _looked_into(target: Target, plain: Graph, mixed: Mixed | None) -> Sensitivity | None:
