@@ -13,6 +13,7 @@ from broken_network import recovery, silent
 from command_line import call
 
 from edgekd import qad, quantize, target, training
+from edgekd.clock import Deadline
 from edgekd.deploy import Source, Workshop, deploy
 from edgekd.errors import EdgekdError
 from edgekd.models.network import Network
@@ -115,6 +116,31 @@ def test_what_was_quantized_as_onnx_is_not_distilled_and_the_reason_is_told(
     (note,) = (text for text in made.notes if "distillation" in text)
     why = "it was quantized as ONNX, where nothing can be trained"
     assert note == f"there is no quantization-aware distillation of student-int8: {why}"
+
+
+def test_what_is_finished_is_used_however_little_time_is_left(broken: Network, tmp_path: Path) -> None:
+    def made(store: Path, deadline: Deadline) -> tuple[set[tuple[str, str]], tuple[str, ...]]:
+        there = shop(store, broken, mixed="auto")
+        assert there.recovery is not None
+        quick = replace(there.recovery, options=replace(there.recovery.options, epochs=1))
+        there = replace(there, deadline=deadline, recovery=quick)
+        found = deploy(there, target.load("host"), source(broken, "t"), source(broken, "s"))
+        return {(graph.id, graph.artifact.key) for graph in found.graphs}, found.notes
+
+    whole, late = made(tmp_path / "whole", Deadline()), Deadline(0.0)
+    assert {"student-int8", "student-int8-mixed"} < {name for name, _ in whole[0]}
+    assert any("quantization-aware distillation" in note for note in whole[1])
+    assert made(tmp_path / "whole", late) == whole
+    assert late.left_out == [], "nothing of it had to be built"
+    hasty = made(tmp_path / "hasty", late)
+    left = [text.partition(";")[0].partition(" (")[0] for text in late.left_out]
+    assert left == [
+        "left out: learned rounding of student-int8, if it had been needed",
+        "left out: learned rounding of student-int8-mixed, if it had been needed",
+        "left out: quantization-aware distillation of student-int8",
+    ]
+    assert made(tmp_path / "hasty", Deadline())[0] == whole[0], "with time, what was left out is done"
+    assert hasty[0].isdisjoint(pair for pair in whole[0] if "int8" in pair[0])
 
 
 RECIPE = """
