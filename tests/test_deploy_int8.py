@@ -112,7 +112,7 @@ def test_what_was_quantized_as_onnx_is_not_distilled_and_the_reason_is_told(
 
     monkeypatch.setattr("edgekd.quantize.Simulation", refuse)
     both = source(broken, "t"), source(broken, "s")
-    made = deploy(shop(tmp_path, broken, max_drop=0.0), target.load("jetson"), *both)
+    made = deploy(shop(tmp_path, broken, max_drop=0.0), target.load("host"), *both)
     (note,) = (text for text in made.notes if "distillation" in text)
     why = "it was quantized as ONNX, where nothing can be trained"
     assert note == f"there is no quantization-aware distillation of student-int8: {why}"
