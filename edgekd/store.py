@@ -145,9 +145,8 @@ class Store:
         key = key_of(step, version, options, [parent.key for parent in parents])
         final = self._root / f"{step}-{key}"
         with self._held(step, key) if processes.first else contextlib.nullcontext():
-            found = processes.once(lambda: self._read(final))
+            found = self._found(final, step, key)
             if found is not None:
-                self._say("cached", step=step, key=key)
                 return found
             self._say("building", step=step, key=key)
 
@@ -155,6 +154,15 @@ class Store:
                 return self._build(final, step, key, options, parents, build)
 
             return made() if together else processes.once(made)
+
+    def find(self, step: str, version: int, options: Mapping[str, Any], parents: Sequence[Artifact]) -> Artifact | None:
+        """The artifact of this step where it was built already; None where it was not, and nothing is built then.
+
+        One that another process is building is waited for.
+        """
+        key = key_of(step, version, options, [parent.key for parent in parents])
+        with self._held(step, key) if here().first else contextlib.nullcontext():
+            return self._found(self._root / f"{step}-{key}", step, key)
 
     def alias(self, made: Artifact, version: int, options: Mapping[str, Any], parents: Sequence[Artifact]) -> None:
         """Let other options find what was built already: those that say outright what was worked out while building.
@@ -172,6 +180,13 @@ class Store:
             pass  # another run was faster
         except OSError as problem:
             raise disk_error(problem, self._root) from problem
+
+    def _found(self, final: Path, step: str, key: str) -> Artifact | None:
+        """The finished artifact, for all processes; its key is held meanwhile."""
+        found = here().once(lambda: self._read(final))
+        if found is not None:
+            self._say("cached", step=step, key=key)
+        return found
 
     @contextlib.contextmanager
     def _held(self, step: str, key: str) -> Iterator[None]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from disk import mount
+
+if TYPE_CHECKING:
+    from edgekd.models.network import Network
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,3 +35,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Network:
+    """A trained network that int8 by the smallest and largest values costs a lot; nobody changes it."""
+    import broken_network
+
+    return broken_network.broken(tmp_path_factory.mktemp("broken"))

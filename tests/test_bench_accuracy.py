@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from edgekd.bench.accuracy import agreement, drop, labels, mean, paired_difference, predict, wilson
+from edgekd.bench.accuracy import agreement, difference, drop, labels, mean, paired_difference, predict, wilson
 from edgekd.errors import ModelError
-from edgekd.types import Arrays, Batch, TensorSpec
+from edgekd.types import Arrays, Batch, Interval, TensorSpec
 
 
 class Numbers:
@@ -91,6 +91,27 @@ def test_pairing_narrows_the_interval() -> None:
     agreeing, independent = paired_difference(880, 20, 10, 90), paired_difference(801, 99, 89, 11)
     assert agreeing.value == independent.value
     assert agreeing.high - agreeing.low < (independent.high - independent.low) / 2
+
+
+def test_the_difference_of_two_drops_by_hand_and_its_turning_round() -> None:
+    one, two = Interval(0.01, 0.006, 0.02, 500), Interval(0.06, 0.057, 0.064, 500)
+    found = difference(one, two)
+    assert found.value == pytest.approx(0.05)
+    assert found.low == pytest.approx(0.05 - (0.003**2 + 0.01**2) ** 0.5)
+    assert found.high == pytest.approx(0.05 + (0.004**2 + 0.004**2) ** 0.5)
+    turned = difference(two, one)
+    assert (turned.value, turned.low, turned.high) == pytest.approx((-found.value, -found.high, -found.low))
+
+
+def test_the_difference_of_drops_holds_that_of_the_two_networks_themselves() -> None:
+    random = np.random.default_rng(0)
+    teacher, first = random.random(2000) < 0.95, random.random(2000) < 0.9
+    second = first & (random.random(2000) < 0.95)  # errs where the first does, and elsewhere
+    drops = [drop(teacher.astype(float), each.astype(float)) for each in (first, second)]
+    direct, found = drop(first.astype(float), second.astype(float)), difference(*drops)
+    assert found.value == pytest.approx(direct.value)
+    assert found.low < direct.low
+    assert found.high > direct.high
 
 
 def test_right_or_wrong_is_a_proportion() -> None:

@@ -228,6 +228,21 @@ def test_where_int8_loses_too_much_the_layer_that_does_it_is_left_in_float(place
     assert any("quantization-aware distillation" in note and note.endswith("kept") for note in report["notes"])
 
 
+def test_layers_that_could_not_be_examined_are_told_by_every_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edgekd.quantize.sensitivity.analyse", refuse)
+        reports = [_compress(place, HEAD.format(**DIGITS), "--target", "host")]
+    reports.append(_compress(place, HEAD.format(**DIGITS), "--target", "host"))  # finds it in the store
+    for report in reports:
+        assert report["sensitivity"] == []
+        (note,) = [note for note in report["notes"] if "could not be examined" in note]
+        assert note.startswith("host: the layers of student-int8 could not be examined")
+        assert note.endswith(": no such operator")
+
+
 def test_mixed_precision_can_be_turned_off(place: Path) -> None:
     recipe = HEAD.format(**SPREAD) + '[quantize]\nmixed = "off"\nmethod = ["minmax"]\n'
     report = _compress(place, recipe, "--target", "host")

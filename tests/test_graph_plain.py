@@ -256,6 +256,26 @@ def test_a_matrix_that_is_read_twice_stays_in_float_and_is_told() -> None:
     assert set(simulation.left.values()) == {"a product with a weight that is read elsewhere too"}
 
 
+def test_what_has_weights_and_no_integer_form_is_told() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.w, self.head = (
+                nn.GRU(4, 8, batch_first=True),
+                nn.Parameter(torch.randn(8, 8)),
+                nn.Linear(8, 3),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            states, _ = self.gru(x.reshape(-1, 5, 4))
+            logits: Tensor = self.head(torch.einsum("bi,io->bo", states[:, -1], self.w))
+            return logits
+
+    simulation, _ = simulated(of(Recurrent, VECTOR))
+    assert simulation.quantized == ("head",)
+    assert simulation.left == {"gru": "a recurrent layer", "einsum": "a product by einsum"}
+
+
 def test_a_network_of_which_nothing_is_quantized_has_no_int8_form(tmp_path: Path) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from edgekd.pruning import cost
 from edgekd.pruning.cut import Group, cut, masked
 from edgekd.pruning.heads import attentions
 from edgekd.pruning.rank import search
-from edgekd.pruning.trace import FAILS, OUTPUT, SHARED, UNLIKE, trace
+from edgekd.pruning.trace import FAILS, OUTPUT, SHARED, UNLIKE, UNTRIED, trace
 from edgekd.rounds import count
 from edgekd.types import TensorSpec
 
@@ -62,17 +64,16 @@ def test_parameters_and_the_weights_file_are_goals_too(measure: Any, tmp_path: P
         assert sum(p.numel() for p in made.module.parameters()) == made.after
 
 
-def test_latency_is_a_goal_where_somebody_measures_it() -> None:
+def test_a_later_round_keeps_everything_where_the_goal_is_kept_already() -> None:
     module = built(lambda: resnet8(10, PIXELS, width=8))
-    asked: list[int] = []
-
-    def timer(candidate: nn.Module) -> float:
-        asked.append(cost.macs(candidate, (images(),)))
-        return asked[-1] / 1e6
-
-    made: Any = pruning.prune(module, (images(),), "latency_ms", 0.5 * timer(module), Prune(latency_ms=1), timer=timer)
-    assert 0.4 < made.after / made.before <= 0.5
-    assert len(asked) < 30  # each of them is an export and a measurement
+    first = cut_to(module, images(), 0.6)
+    again: Any = pruning.prune(
+        first.module, (images(),), "macs", first.after, Prune(macs=0.5), round_to=8, architecture=module
+    )
+    assert again.before == again.after == first.after
+    assert again.layers == {}
+    assert again.shapes == first.shapes
+    assert torch.equal(again.module(images()), first.module(images()))
 
 
 def test_a_goal_out_of_reach_or_reached_already_is_refused() -> None:
@@ -181,6 +182,67 @@ def test_a_users_module_is_cut_where_it_is_understood_and_left_alone_where_not()
     assert made.module.joined.in_channels == made.module.left[0].out_channels + made.module.right[0].out_channels
     assert made.module.hidden.in_features == 16 * made.module.down.out_channels
     assert made.module.wide.out_channels == 32
+
+
+class Reversed(nn.Module):
+    """Channels of `first` go to `second` in reverse, which no tracer follows; `given` makes the output of logits."""
+
+    def __init__(self, given: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head, self.given = nn.Linear(16, 10), given
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.second(self.first(x).relu().flip(1)).relu()
+        return self.given(self.head(x.mean((2, 3))))
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda y: [{"logits": y}],
+        lambda y: {"task": {"logits": y}},
+        lambda y: ((y.argmax(1), y), None),
+        lambda y: [Answer(y), y.new_zeros(4, 0)],
+    ],
+    ids=["mappings in a list", "mappings in a mapping", "a tuple in a tuple", "a dataclass, and something empty"],
+)
+def test_groups_are_tried_however_deep_the_output_lies(given: Callable[[Tensor], object]) -> None:
+    made = cut_to(built(lambda: Reversed(given)), images(), 0.6)
+    why = reasons(made)
+    assert why["head"] == OUTPUT
+    assert why["first"] == UNLIKE
+    assert set(made.layers) == {"second"}
+
+
+def test_a_network_that_returns_nothing_to_compare_is_refused() -> None:
+    with pytest.raises(ModelError, match="no floating tensors, so that no cut can be tried"):
+        cut_to(built(lambda: Reversed(lambda y: y.argmax(1))), images(), 0.6)
+
+
+def test_what_is_not_finite_confirms_no_group() -> None:
+    """Divided by its spread a channel of zeros is NaN, and so is every difference from it."""
+
+    class Divided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+            self.hidden, self.head = nn.Linear(16, 64), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.second(self.first(x).sigmoid())
+            x = x / x.flatten(2).std(2)[..., None, None]
+            logits: Tensor = self.head(self.hidden(x.mean((2, 3))).relu())
+            return logits
+
+    made = cut_to(built(Divided), images(), 0.7)
+    assert reasons(made)["second"] == UNTRIED
+    assert {"first"} <= set(made.layers) <= {"first", "hidden"}
 
 
 def test_a_padding_of_channels_and_shared_weights_are_left_alone() -> None:

@@ -101,6 +101,29 @@ def test_statistics_are_those_of_the_cut_network() -> None:
     assert pruning.recalibrate(nn.Linear(2, 2), []) == 0
 
 
+def test_a_last_batch_of_one_sample_does_not_count_behind_global_pooling() -> None:
+    """129 training samples are a batch of 128 and one of 1, in which a channel has one value there."""
+    torch.manual_seed(0)
+    module: Any = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 8),
+        nn.BatchNorm1d(8), nn.Linear(8, 4),
+    )  # fmt: skip
+    many, one = torch.randn(128, 3, 8, 8), torch.randn(1, 3, 8, 8)
+    assert pruning.recalibrate(module, [(many,), (one,)]) == 2
+    assert (module[1].num_batches_tracked, module[5].num_batches_tracked) == (2, 1)
+    assert not any(layer.training for layer in module.modules())
+    behind = module[5].running_var.clone()
+    both = torch.stack([module[0](each).mean((0, 2, 3)) for each in (many, one)])
+    assert torch.allclose(module[1].running_mean, both.mean(0), atol=1e-5)
+    pruning.recalibrate(module, [(many,)])
+    assert torch.equal(module[5].running_var, behind)
+    with pytest.raises(ModelError, match=r"^5: there are no statistics of one value a channel.*two samples or more"):
+        pruning.recalibrate(module, [(one,), (one,)])
+    with pytest.raises(ModelError, match="there are no batches for its statistics"):
+        pruning.recalibrate(module, [])
+    assert (module[5].momentum, module[5].training) == (0.1, False)
+
+
 # ---------------------------------------------------------------- what comes after
 
 

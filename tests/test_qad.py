@@ -13,96 +13,27 @@ import networks
 import numpy as np
 import onnx
 import pytest
-import torch
 import trainings
-from command_line import call
+from broken_network import KD, recovery, silent
 from rules import RULES
-from torch import Tensor, nn
 
-from edgekd import distillation, qad, quantize, target, training
+from edgekd import qad, quantize
 from edgekd.backends.onnxruntime import onnxruntime
-from edgekd.deploy import Calibration, Source, Workshop, deploy, reference
-from edgekd.distillation import Teacher
+from edgekd.deploy import Calibration, reference
 from edgekd.errors import ParityError
 from edgekd.graph.program import capture, graph_inputs
 from edgekd.models.network import Network
 from edgekd.quantize import state
 from edgekd.quantize.measured import Loss
 from edgekd.quantize.simulation import Simulation
-from edgekd.recipe import Quantize, load, loss_term
-from edgekd.store import Store
+from edgekd.recipe import loss_term
 from edgekd.types import (
     Arrays,
     Artifact,
-    Augment,
-    Dataset,
     Json,
     LossTerm,
-    Part,
-    Preprocessing,
     QuantizationRules,
-    TrainOptions,
 )  # fmt: skip
-
-OPTIONS = TrainOptions(batch_size=64, precision="fp32", threads=1, ema_decay=0.9)
-KD = (LossTerm(Part("kd", {"temperature": 4.0})),)
-WIDE = 2.0  # standard deviation of the logarithm of what channels are multiplied by
-
-
-class Depthwise(nn.Module):
-    """Depthwise and pointwise convolutions, and hard swishes between which channels can be rescaled."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU6())
-        self.blocks = nn.Sequential(*(self._block(width, 2 if at == 0 else 1) for at in range(3)))
-        self.head = nn.Linear(width, 10)
-
-    @staticmethod
-    def _block(width: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(width, width, 3, stride, 1, groups=width, bias=False), nn.BatchNorm2d(width), nn.Hardswish(),
-            nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.Hardswish(),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
-        return logits
-
-
-def silent(event: str, /, **fields: Json) -> None:
-    """Nobody listens."""
-
-
-@pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Network:
-    """A network that knows its digits, of whose channels some are a hundred times as wide as others."""
-    data, work = trainings.handwritten(), tmp_path_factory.mktemp("float")
-    torch.manual_seed(0)
-    network = Network(Depthwise(), data.inputs, Preprocessing((8, 8), (0.5,), (0.5,)))
-
-    def trained(epochs: int, rate: float) -> None:
-        options = replace(OPTIONS, epochs=epochs, learning_rate=rate, compile="off")
-        distillation.train(network, data, options, Augment(), task=trainings.task(), seed=0, work=work, say=silent)
-
-    trained(10, 0.1)
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for block in cast("Depthwise", network.module).blocks:
-            norm, pointwise = block[1], block[3]  # type: ignore[index]
-            factor = torch.exp(WIDE * torch.randn(16, generator=random)).clamp(min=1)
-            norm.weight *= factor
-            norm.bias *= factor
-            pointwise.weight /= factor.reshape(1, -1, 1, 1)
-    trained(3, 0.001)  # a hard swish is not a straight line: what was rescaled is trained a little
-    return network
-
-
-def recovery(network: Network, data: Dataset, epochs: int = 3, **options: Any) -> qad.Recovery:
-    return qad.Recovery(
-        (Teacher(network),), (), data, Calibration(data), trainings.task(),
-        qad.options(replace(OPTIONS, **options), epochs), Augment(), 0, None,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -319,114 +250,3 @@ def test_key_depends_on_what_is_trained_and_not_on_the_disk() -> None:
     assert key(plain) != key(replace(plain, options=replace(plain.options, epochs=4)))
     assert key(plain) != key(replace(plain, seed=1))
     assert key(plain) != key(plain, (loss_term("ce", "loss"),))
-
-
-# ---------------------------------------------------------------- as deploy and compress use it
-
-
-def source(network: Network, key: str) -> Source:
-    return Source(network, Artifact("weights", key, Path(), {}))
-
-
-def shop(folder: Path, network: Network, **choices: Any) -> Workshop:
-    data, task = trainings.handwritten(), trainings.task()
-    taught_by = replace(recovery(network, data), artifacts=(source(network, "t").weights,))
-    given: dict[str, Any] = {"method": ("minmax",), "max_drop": 0.005, "mixed": "off"} | choices
-    return Workshop(
-        Store(folder, silent), data, True, ("int8",), silent, quantize=Quantize(("int8",), **given), task=task,
-        recovery=taught_by,
-    )  # fmt: skip
-
-
-def test_deploy_distils_anew_where_int8_loses_too_much(broken: Network, tmp_path: Path) -> None:
-    there, host = shop(tmp_path, broken), target.load("host")
-    both = source(broken, "t"), source(broken, "s")
-    made = deploy(there, host, *both)
-    (note,) = (text for text in made.notes if "quantization-aware distillation" in text)
-    assert note.startswith("student-int8: ")
-    assert note.endswith(": kept")
-    graph = next(each for each in made.graphs if each.precision == "int8")
-    assert graph.artifact.meta["simulated"]
-    steps = sorted(path.name.partition("-")[0] for path in tmp_path.iterdir() if path.name[0] != ".")
-    assert steps == ["int8", "int8", "onnx", "onnx", "qad"]
-    again = deploy(there, replace(host, name="another"), *both)  # the same rules: nothing is trained again
-    assert next(each for each in again.graphs if each.precision == "int8").artifact.key == graph.artifact.key
-    plain = deploy(replace(there, recovery=None), host, *both)
-    assert not any("distillation" in text for text in plain.notes)
-    assert next(each for each in plain.graphs if each.precision == "int8").artifact.key != graph.artifact.key
-    held = deploy(shop(tmp_path, broken, max_drop=1.0), host, *both)
-    assert not any("distillation" in text for text in held.notes)
-
-
-def test_what_is_no_better_is_not_kept_and_what_fails_is_said(
-    broken: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    there, host = shop(tmp_path, broken), target.load("host")
-    both = source(broken, "t"), source(broken, "s")
-
-    def int8(of: Workshop) -> tuple[str, list[str]]:
-        made = deploy(of, host, *both)
-        found = next(each for each in made.graphs if each.precision == "int8").artifact.key
-        return found, [text for text in made.notes if "distillation" in text]
-
-    plain, _ = int8(replace(there, recovery=None))
-    assert there.recovery is not None
-    wild = replace(there.recovery.options, learning_rate=1e9, epochs=1)
-    found, (note,) = int8(replace(there, recovery=replace(there.recovery, options=wild)))
-    assert found == plain
-    assert note.endswith(": not kept") or "could not be done" in note
-    monkeypatch.setattr(qad, "better", lambda one, other: False)
-    quick = replace(there.recovery.options, epochs=1)
-    found, (note,) = int8(replace(there, recovery=replace(there.recovery, options=quick)))
-    assert found == plain
-    assert note.endswith(": not kept")
-
-
-RECIPE = """
-name = "small"
-[data]
-name = "digits"
-[teacher]
-model = "resnet8"
-width = 4
-[teacher.train]
-epochs = 1
-precision = "fp32"
-[student]
-model = "resnet8"
-width = 4
-[distill]
-epochs = 1
-precision = "fp32"
-[quantize]
-precisions = ["fp32", "int8"]
-method = ["minmax"]
-qad = "{qad}"
-"""
-
-
-def test_compress_says_in_the_report_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quantize, "holds", lambda meta: False)
-    (tmp_path / "edgekd.toml").write_text(RECIPE.format(qad="auto"))
-    assert call("compress", "--quick", "--max-drop", "100%", "--target", "host") == 0
-    report = json.loads((tmp_path / "runs" / "small" / "report.json").read_text())
-    (note,) = (text for text in report["notes"] if "quantization-aware distillation" in text)
-    assert note.startswith("host: student-int8: quantization-aware distillation (1 epochs, ")
-    assert "qad_epochs = 1" in (tmp_path / "runs" / "small" / "recipe.toml").read_text()
-
-
-def test_the_recipe_says_whether_and_how_long(broken: Network, tmp_path: Path) -> None:
-    def wanted(text: str) -> qad.Recovery | None:
-        (tmp_path / "edgekd.toml").write_text(text)
-        recipe = load(tmp_path / "edgekd.toml")
-        subjects = (training.read(recipe.task, recipe.seed, "edgekd.toml"),)
-        school = training.School(recipe, subjects, Store(tmp_path, silent), tmp_path, None, silent)
-        return training.recovery(school, [source(broken, "t")])
-
-    assert wanted(RECIPE.format(qad="off")) is None
-    found = wanted(RECIPE.format(qad="auto") + "qad_epochs = 7\n")
-    assert found is not None
-    assert found.options.epochs == 7
-    assert [each.key for each in found.artifacts] == ["t"]
-    assert found.teachers[0].network is broken

@@ -16,6 +16,7 @@ from edgekd.errors import DataError
 from edgekd.graph.edit import strip, tensors
 from edgekd.quantize.inside import inside
 from edgekd.quantize.onnx_level import quantize_onnx
+from edgekd.quantize.qdq import finish
 from edgekd.types import QuantizationRules
 
 
@@ -95,3 +96,28 @@ def test_onnx_level_quantization_without_samples_is_refused(tmp_path: Path) -> N
     model = onnx.load(tiny_onnx.classifier(tmp_path / "fp32.onnx", raw=False))
     with pytest.raises(DataError, match="no calibration samples"):
         quantize_onnx(strip(model), iter(()), HOST, max_drop=1.0)
+
+
+def test_hard_swishes_become_integer_operators(tmp_path: Path) -> None:
+    """ONNX Runtime's quantizer names constants after the value they belong to, and so does what is done after it."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["conv"]),
+        helper.make_node("HardSwish", ["conv"], ["swish"]),
+        helper.make_node("Conv", ["swish", "v"], ["logits"]),
+    ]
+    random = np.random.default_rng(0)
+    weights = {"w": random.normal(size=(16, 3, 1, 1)), "v": random.normal(size=(4, 16, 1, 1))}
+    graph = helper.make_graph(
+        nodes, "swish", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 4, 4])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4, 4, 4])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    given = random.normal(size=(32, 3, 4, 4)).astype(np.float32)
+    made = finish(quantize_onnx(model, [{"x": given}], HOST, max_drop=1.0).graph, HOST)
+    assert [node.op_type for node in made.graph.node if node.op_type in {"HardSwish", "Mul"}] == ["Mul"]
+    found, wanted = (
+        np.concatenate([row["logits"] for row in inside(each, ["logits"], {"x": given}, TensorProto.FLOAT)])
+        for each in (made, model)
+    )
+    assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()

@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any
 
 import pytest
-from sample_report import latency, realistic, scored, variant
+from sample_report import latency, of_values, realistic, scored, variant
 
 from edgekd.bench.accuracy import wilson
-from edgekd.report import choose, judge, rejections
-from edgekd.types import Budget, Comparison, Estimate, Interval, Variant
+from edgekd.report import choose, judge, rejections, rejudged
+from edgekd.report.render import markdown
+from edgekd.types import Budget, Comparison, Estimate, Interval, Report, Variant
 
 TEACHER = variant("teacher", "teacher", accuracy=wilson(440, 450), size_bytes=1_000_000, latency_ms=latency(1.0))
 
@@ -207,6 +208,63 @@ def test_each_form_of_int8_must_earn_its_place_in_its_own_way(
     found = rejections([TEACHER, made("float", latency_ms=latency(2.0)), given], Budget())
     assert set(found) == ({"v"} if says else set())
     assert (says or "") in found.get("v", "")
+
+
+@pytest.mark.parametrize("precision", ["int8", "w8", "dynamic"])
+@pytest.mark.parametrize("timed", [True, False])
+def test_a_form_of_int8_that_ruins_the_network_is_turned_down_without_a_budget(precision: Any, timed: bool) -> None:
+    given: dict[str, Any] = {"stage": "quantized", "precision": precision, "size_bytes": 300}
+    given |= {"latency_ms": latency(1.0) if timed else None}
+    rows = [TEACHER, made("float", latency_ms=latency(2.0) if timed else None), made("v", 50, **given)]
+    found = rejections(rows, Budget())["v"]
+    assert "must earn" in found
+    assert "it loses 86.7 points [+" in found
+    assert "against float in fp32, and without a limit of the drop (--max-drop) 1 point is let pass" in found
+    assert choose(rows, Budget()) == {"host": "float"}
+    assert choose(rows, Budget(max_latency_ms=5)) == {"host": "float"}, "a budget of other limits"
+    assert rejections(rows, Budget(max_accuracy_drop=1.0)) == {}, "the user's limit rules, whatever it is"
+    assert choose(rows, Budget(max_accuracy_drop=1.0)) == {"host": "v"}
+
+
+@pytest.mark.parametrize(
+    ("lost", "turned_down"),
+    [
+        ((0.011, 0.0, 0.022), False),  # more than a point, and perhaps less
+        ((0.03, 0.0101, 0.05), False),  # its own interval is beyond a point; float's has a width, too
+        ((0.03, 0.025, 0.035), True),
+        ((0.009, 0.008, 0.0095), False),  # certain, and less than a point
+    ],
+)
+def test_what_is_not_certainly_lost_turns_nothing_down(lost: tuple[float, float, float], turned_down: bool) -> None:
+    rows = [TEACHER, made("float", **dropping(0.0, -0.003, 0.003)), made("v", precision="int8", **dropping(*lost))]
+    assert ("v" in rejections(rows, Budget())) is turned_down
+
+
+def test_int8_is_held_against_the_best_float_of_its_own_student_that_could_be_deployed() -> None:
+    bad = made("v", 400, precision="int8", size_bytes=300)
+    lossy = made("lossy", 400, precision="fp16", size_bytes=400)  # as bad as int8
+    good = made("good", size_bytes=1000)
+    assert set(rejections([TEACHER, lossy, good, bad], Budget())) == {"v"}
+    assert "against good in fp32" in rejections([TEACHER, lossy, good, bad], Budget())["v"]
+    assert rejections([TEACHER, lossy, bad], Budget()) == {}, "the student is bad, not its int8"
+    assert rejections([TEACHER, lossy, good, bad], Budget(max_size_bytes=500)) == {}, "what is too large is no choice"
+    assert rejections([TEACHER, dataclasses.replace(good, candidate="w4"), bad], Budget()) == {}
+    assert rejections([TEACHER, dataclasses.replace(good, target="jetson"), bad], Budget()) == {}
+    assert rejections([TEACHER, dataclasses.replace(good, stage="student"), bad], Budget()) == {}
+    assert rejections([TEACHER, good, dataclasses.replace(bad, drop=None)], Budget()) == {}
+
+
+def test_values_are_held_to_a_hundredth_of_their_metric() -> None:
+    found = rejected(of_values(), Budget())
+    assert set(found) == {"host-int8"}
+    assert "it loses 110.5 points [+79.3, +139.3] against host-fp32" in found["host-int8"]
+    assert rejudged(of_values(), Budget()).chosen == {"host": "host-fp32"}
+    assert "int8 must earn its place: it loses 110.5 points" in markdown(rejudged(of_values(), Budget()))
+
+
+def rejected(report: Report, budget: Budget) -> dict[str, str]:
+    """What a report turns down with another budget."""
+    return rejections(report.variants, budget, report.comparisons)
 
 
 def test_int8_weights_are_chosen_where_a_size_is_asked_for() -> None:

@@ -187,6 +187,24 @@ def test_a_goal_of_latency_is_measured_until_it_is_met(tmp_path: Path, monkeypat
         run(read(RECIPE.replace("macs = 0.5", "latency_ms = 1e6")), tmp_path / "store", Told())
 
 
+def test_rounds_end_where_a_later_timing_finds_the_goal_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first cut is timed just over the goal; after its distillation the machine is calmer, and it is within."""
+    told = Told()
+
+    def timer(self: Any) -> Callable[[nn.Module], float]:
+        return lambda module: cost.macs(module, self.inputs) * (0.97 if told.of("pruned latency") else 1)
+
+    monkeypatch.setattr(rounds._Rounds, "_timer", timer)
+    text = RECIPE.replace("[prune]", "[prune]\nstep = 0.34")
+    _, first = run(read(text.replace("0.5", "0.66")), tmp_path / "store", Told())
+    goal = 0.99 * first.account.macs_after
+    _, made = run(read(text.replace("macs = 0.5", f"latency_ms = {goal}")), tmp_path / "store", told)
+    assert made.account.rounds == 2
+    assert made.account.macs_after == first.account.macs_after
+    assert made.account.after == 0.97 * made.account.macs_after <= goal
+    assert [each.reason for each in made.account.left_alone if "linear" in each.layers] == ["it gives the output"]
+
+
 @pytest.mark.slow
 def test_latency_is_that_of_the_runtime(tmp_path: Path) -> None:
     found = read(RECIPE)

@@ -49,6 +49,17 @@ def test_a_step_is_built_once(store: Store, events: Events) -> None:
     assert [event for event, _ in events] == ["building", "cached"]
 
 
+def test_what_was_built_is_found_and_nothing_is_built_for_it(store: Store, events: Events) -> None:
+    assert store.find("demo", 1, {"a": 1}, []) is None
+    made = store.step("demo", 1, {"a": 1}, [], _write("x"))  # type: ignore[arg-type]
+    assert store.find("demo", 1, {"a": 1}, []) == made
+    assert store.find("demo", 1, {"a": 2}, []) is None
+    assert [event for event, _ in events] == ["building", "cached"]
+    (made.path / "out.txt").write_text("y")
+    assert store.find("demo", 1, {"a": 1}, []) is None, "it is not what was built"
+    assert [event for event, _ in events] == ["building", "cached", "corrupt"]
+
+
 def test_the_key_follows_step_version_options_and_parents() -> None:
     base = key_of("demo", 1, {"a": 1, "b": 2}, ["p"])
     assert base == key_of("demo", 1, {"b": 2, "a": 1}, ["p"])

@@ -229,6 +229,9 @@ def as_graph(name: str, stage: Stage, precision: Precision, made: Artifact) -> G
     notes = []
     if meta.get("fallback"):
         notes.append(f"{name} is quantized by ONNX Runtime, because the PyTorch quantizer refused: {meta['fallback']}")
+    if meta.get("not_examined"):
+        what = "neither what each costs nor which had better stay in float"
+        notes.append(f"the layers of {name} could not be examined, {what}: {meta['not_examined']}")
     if meta.get("static_batch"):
         notes.append(f"{name} takes one sample at a time: {meta['static_batch']}")
     if meta.get("relieved"):

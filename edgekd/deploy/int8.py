@@ -25,9 +25,10 @@ from edgekd.deploy.graphs import (
     samples,
     typed,
 )
-from edgekd.errors import EdgekdError, ModelError, StoreError
+from edgekd.errors import EdgekdError, StoreError
 from edgekd.quantize import examination, saturation, state
 from edgekd.types import (
+    Artifact,
     Backend,
     Json,
     Sensitivity,
@@ -69,29 +70,27 @@ def made(shop: Workshop, target: Target, backend: Backend, before: Graph, source
     """
     plain = _quantized(shop, target, before, source)
     mixed = _mixed(shop, target, backend, plain, before, source, timed)
-    whole = _taught(shop, target, plain, before, source)
+    whole, taught = _taught(shop, target, plain, before, source)
     ready = [halved(shop, whole, before, source) if typed(target) else whole]
     ready += [] if mixed is None else [mixed.ready]
-    best = mixed.graph if mixed is not None and whole is plain else whole
+    best = whole if mixed is None or taught else mixed.graph
     return Int8(plain, tuple(ready), best, _looked_into(target, plain, mixed))
 
 
-def _taught(shop: Workshop, target: Target, plain: Graph, before: Graph, source: Source) -> Graph:
-    """`plain`, or what quantization-aware distillation makes of it where it lost too much."""
+def _taught(shop: Workshop, target: Target, plain: Graph, before: Graph, source: Source) -> tuple[Graph, bool]:
+    """`plain`, or what quantization-aware distillation makes of it where it lost too much; and whether it is that."""
     if shop.recovery is None or quantize.holds(plain.artifact.meta):
-        return plain
-    meta: Any = source.weights.meta
-    epochs = shop.recovery.options.epochs
-    about_s = _SLOWER * float(meta.get("train_s", 0.0)) / max(1, int(meta.get("epochs", 1))) * epochs
-    if not shop.deadline.fits(f"quantization-aware distillation of {plain.id}", about_s):
-        return plain
+        return plain, False
+    if plain.artifact.meta.get("fallback"):
+        why = "it was quantized as ONNX, where nothing can be trained"
+        return _noted(plain, f"there is no quantization-aware distillation of {plain.id}: {why}"), False
     try:
         return _recovered(shop, shop.recovery, target, plain, before, source)
     except StoreError:
         raise
     except EdgekdError as problem:  # of a network that cannot be trained so, or a training that diverges
         why = f"{plain.id} lost more than max_drop, and quantization-aware distillation could not be done: {problem}"
-        return replace(plain, notes=(*plain.notes, why))
+        return _noted(plain, why), False
 
 
 def _quantized(shop: Workshop, target: Target, before: Graph, source: Source, mix: Sequence[str] = ()) -> Graph:
@@ -99,7 +98,18 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source, mi
     name, asked = "student-int8-mixed" if mix else "student-int8", shop.quantize
     float_layers = (*asked.float_layers, *mix)
     search = asked.mixed == "auto" and not mix
+    options: dict[str, Any] = {
+        "rules": asdict(target.quantization), "opset": target.opset, "preprocessing": shop.preprocessing,
+        "calibration": shop.data.fingerprint, "method": asked.method, "max_drop": asked.max_drop,
+        "float_layers": float_layers, "task": None if shop.task is None else shop.task.name,
+        "sensitivity": not mix, "mixed": search,
+    }  # fmt: skip
+    there = shop.store.find("int8", quantize.VERSION, options, [source.weights])
+    if there is not None:  # it takes no time, however little is left
+        return as_graph(name, "quantized", "int8", there)
     hasty = not shop.deadline.fits(f"learned rounding of {name}, if it had been needed", quantize.SECONDS)
+    if hasty:
+        options["hasty"] = True
 
     def build(work: Path) -> Mapping[str, Json]:
         path = work / MODEL
@@ -115,12 +125,6 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source, mi
         # Not refused here however large: whether int8 is good enough is what its accuracy on the test split says.
         return meta | parity(outputs_of(before.file, given), outputs_of(path, given), name)
 
-    options = {
-        "rules": asdict(target.quantization), "opset": target.opset, "preprocessing": shop.preprocessing,
-        "calibration": shop.data.fingerprint, "method": asked.method, "max_drop": asked.max_drop,
-        "float_layers": float_layers, "task": None if shop.task is None else shop.task.name,
-        "sensitivity": not mix, "mixed": search,
-    } | ({"hasty": True} if hasty else {})  # fmt: skip
     made = shop.store.step("int8", quantize.VERSION, options, [source.weights], build)
     return as_graph(name, "quantized", "int8", made)
 
@@ -154,43 +158,60 @@ def _mixed(
         best = min(holding, key=lambda one: (examination.in_float(meta, one.layers), len(one.layers)))
         told = f"of {len(holding)} sets of layers in float that hold, it has the fewest multiply-accumulates in float"
     note = f"student-int8-mixed has {', '.join(best.layers)} in float: {'; '.join((*meta['mixed']['why'], told))}"
-    return replace(best, ready=replace(best.ready, notes=(*best.ready.notes, note)))
+    return replace(best, ready=_noted(best.ready, note))
 
 
 def _recovered(
     shop: Workshop, recovery: qad.Recovery, target: Target, graph: Graph, before: Graph, source: Source
-) -> Graph:
-    """The int8 student distilled anew, where that helps; else `graph`, as it is. Either says what was found."""
-    start, rules = graph.artifact.path / state.FILE, target.quantization
-    if not start.exists():
-        raise ModelError("it was quantized as ONNX, where nothing can be trained")
-    losses = qad.terms(source.weights, recovery.task)
-
-    def train(work: Path) -> Mapping[str, Json]:
-        return qad.train(
-            source.network, start, rules, recovery, losses, preprocessing=shop.preprocessing, work=work, say=shop.say
-        )
-
-    parents = [graph.artifact, source.weights, *recovery.artifacts]
-    trained = shop.store.step("qad", qad.VERSION, qad.identity(recovery, losses), parents, train)
-    notes = (*graph.notes, f"{graph.id}: {qad.told(trained.meta, recovery.task.metric)}")
+) -> tuple[Graph, bool]:
+    """The int8 student distilled anew, where that helps; else `graph`. Either says what was found, and which it is."""
+    trained = _trained(shop, recovery, target, graph, source)
+    if trained is None:
+        return graph, False
+    graph = _noted(graph, f"{graph.id}: {qad.told(trained.meta, recovery.task.metric)}")
     if not trained.meta["kept"]:
-        return replace(graph, notes=notes)
+        return graph, False
 
     def write(work: Path) -> Mapping[str, Json]:
         path = work / MODEL
         meta = qad.write(
-            source.network, trained.path / state.FILE, rules, recovery, reference,
+            source.network, trained.path / state.FILE, target.quantization, recovery, reference,
             preprocessing=shop.preprocessing, opset=target.opset, path=path,
         )  # fmt: skip
         _, given = samples(shop, source.network, PARITY_SAMPLES)
-        if rules.sums_16_bit:
+        if target.quantization.sums_16_bit:
             meta |= saturation.relieve(path, given)
         return meta | parity(outputs_of(before.file, given), outputs_of(path, given), graph.id)
 
     options = {"opset": target.opset, "preprocessing": shop.preprocessing}
     made = shop.store.step("int8", quantize.VERSION, options, [trained, source.weights], write)
-    return replace(as_graph(graph.id, "quantized", "int8", made), notes=notes)
+    return replace(as_graph(graph.id, "quantized", "int8", made), notes=graph.notes), True
+
+
+def _trained(shop: Workshop, recovery: qad.Recovery, target: Target, graph: Graph, source: Source) -> Artifact | None:
+    """The training that starts from `graph`; None where it is not in the store and does not fit into the time."""
+    start, losses = graph.artifact.path / state.FILE, qad.terms(source.weights, recovery.task)
+    identity, parents = qad.identity(recovery, losses), [graph.artifact, source.weights, *recovery.artifacts]
+    there = shop.store.find("qad", qad.VERSION, identity, parents)
+    if there is not None:
+        return there
+    meta: Any = source.weights.meta
+    an_epoch_s = float(meta.get("train_s", 0.0)) / max(1, int(meta.get("epochs", 1)))
+    about_s = _SLOWER * an_epoch_s * recovery.options.epochs
+    if not shop.deadline.fits(f"quantization-aware distillation of {graph.id}", about_s):
+        return None
+
+    def train(work: Path) -> Mapping[str, Json]:
+        return qad.train(
+            source.network, start, target.quantization, recovery, losses, preprocessing=shop.preprocessing, work=work,
+            say=shop.say,
+        )  # fmt: skip
+
+    return shop.store.step("qad", qad.VERSION, identity, parents, train)
+
+
+def _noted(graph: Graph, note: str) -> Graph:
+    return replace(graph, notes=(*graph.notes, note))
 
 
 def _looked_into(target: Target, plain: Graph, mixed: Mixed | None) -> Sensitivity | None:

@@ -79,6 +79,7 @@ def search(
     together: bool,
     round_to: int,
     refine: bool = True,
+    slack: float = 0.0,
 ) -> Keep:
     """The units to keep so that the cost is at most the goal, and as near to it as rounding allows.
 
@@ -88,6 +89,7 @@ def search(
         together: all units are ranked against each other; False: each group loses the same part.
         round_to: channels of each group are kept in multiples of it.
         refine: give back single units as long as the goal is kept, which asks for the cost many more times.
+        slack: part of the goal that is left free if it can be, for a cost that is not the same twice.
 
     Raises:
         ModelError: cutting all that may be cut does not reach the goal.
@@ -112,7 +114,8 @@ def search(
             where="prune",
             fix="ask for less, or see what was left alone",
         )
-    level = _first(0, _LEVELS, lambda at: costs(counts(at)) <= goal)
+    most = goal * (1 - slack)
+    level = _first(0, _LEVELS, lambda at: costs(counts(at)) <= most)
     # Between the last two levels several groups change at once: as few of them as are needed.
     before, after = counts(level - 1), counts(level)
     changing = [at for at in range(len(groups)) if before[at] != after[at]]
@@ -120,9 +123,9 @@ def search(
     def mixed(number: int) -> list[int]:
         return [after[at] if at in changing[:number] else before[at] for at in range(len(groups))]
 
-    kept = mixed(_first(0, len(changing), lambda number: costs(mixed(number)) <= goal))
+    kept = mixed(_first(0, len(changing), lambda number: costs(mixed(number)) <= most))
     if refine:
-        _give_back(ranked, groups, kept, lambda: costs(kept) <= goal, round_to)
+        _give_back(ranked, groups, kept, lambda: costs(kept) <= most, round_to)
     return _keep(ranked, groups, kept)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from edgekd.correspondence.taps import tensors
 from edgekd.errors import ModelError, RecipeError, nearest
 from edgekd.outcome import LeftAlone
 from edgekd.pruning.cut import NORMS, Group, Plan, Slot, cut, depthwise, masked
@@ -31,6 +32,7 @@ SHARED = "its weights are used in several places"
 FAILS = "the network does not run without some of its channels"
 UNTRACED = "torch-pruning cannot follow its channels"
 UNLIKE = "cut, the network does not compute what it does with these channels zero: their way was not understood"
+UNTRIED = "with some of these channels zero the network gives values that are not finite, which tell nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def trace(module: nn.Module, inputs: Inputs, ignore: Collection[str] = ()) -> Tr
     untouched = copy.deepcopy(module)  # a forward under autograd may leave tensors behind that cannot be copied
     try:
         with torch.enable_grad():
-            graph.build_dependency(module, inputs, forward_fn=lambda net, given: net(*given), verbose=False)
+            graph.build_dependency(module, inputs, forward_fn=lambda net, given: [*tensors(net(*given))], verbose=False)
     except Exception as problem:  # it runs the user's network and walks whatever autograd recorded of it
         raise ModelError(
             f"torch-pruning cannot trace it: {problem}", where=type(module).__name__,
@@ -263,6 +265,11 @@ def _tried(module: nn.Module, inputs: Inputs, groups: Sequence[Group]) -> dict[G
     rest = [group for group in groups if group not in narrow]
     module = _varied(module)
     expected = run(module, inputs)
+    if not expected:
+        raise ModelError(
+            "it returns no floating tensors, so that no cut can be tried", where=type(module).__name__,
+            expected="tensors, alone or in tuples, lists, mappings and dataclasses",
+        )  # fmt: skip
     if not rest or _trial(module, inputs, expected, rest) is None:
         return narrow
     alone = {group: _trial(module, inputs, expected, [group]) for group in rest}
@@ -294,7 +301,10 @@ def _trial(module: nn.Module, inputs: Inputs, expected: Sequence[Tensor], groups
         for before, mine, theirs in zip(expected, found, wanted, strict=True):
             if mine.shape != before.shape:
                 return OUTPUT
-            if float((mine - theirs).abs().max()) > TOLERANCE * max(float(theirs.abs().max()), 1e-6):
+            if not bool(theirs.isfinite().all()):
+                return UNTRIED
+            difference = float((mine - theirs).abs().max())
+            if not difference <= TOLERANCE * max(float(theirs.abs().max()), 1e-6):  # that of a NaN is none
                 return UNLIKE
         for plan in (first, last):
             run(_cut_to(module, plan), inputs)
@@ -311,10 +321,7 @@ def _cut_to(module: nn.Module, plan: Plan) -> nn.Module:
 
 
 def run(module: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """The floating tensors that a module in eval mode returns."""
+    """The floating tensors that a module in eval mode returns, however deep; empty ones tell nothing."""
     with torch.no_grad():
         output = module(*inputs)
-    found = (
-        output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
-    )
-    return [each.float() for each in found if isinstance(each, Tensor) and each.is_floating_point()]
+    return [each.float() for each in tensors(output) if each.is_floating_point() and each.numel()]

@@ -65,13 +65,13 @@ def _line(node: ir.Node, dq: ir.Node, alpha: float, beta: float, graph: ir.Graph
 
 def _before(node: ir.Node, graph: ir.Graph, op_type: str, inputs: list[ir.Value | None], suffix: str) -> ir.Node:
     made = ir.node(op_type, inputs)
-    made.outputs[0].name = f"{node.outputs[0].name}_{suffix}"
+    made.outputs[0].name = f"{node.outputs[0].name}.{suffix}"
     graph.insert_before(node, made)
     return made
 
 
 def _constant(node: ir.Node, suffix: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=f"{node.outputs[0].name}_{suffix}", const_value=ir.tensor(array))
+    value = ir.Value(name=f"{node.outputs[0].name}.{suffix}", const_value=ir.tensor(array))
     value.dtype, value.shape = ir.DataType.from_numpy(array.dtype), ir.Shape(())
     assert isinstance(node.graph, ir.Graph)
     node.graph.register_initializer(value)

@@ -31,6 +31,7 @@ CLIP = {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardt
 ADD = {aten.add.Tensor, aten.add_.Tensor}
 ELEMENTWISE = ADD | {aten.mul.Tensor, aten.mul_.Tensor}
 PRODUCT = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.scaled_dot_product_attention.default}
+RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 POOL = {aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim}
 MOVE = {
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.permute.default, aten.transpose.int,
@@ -74,6 +75,10 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
                 continue
             if node.target in CONV | TRANSPOSED | LINEAR:
                 self._layer(model, node)
+            elif node.target in RECURRENT:
+                self.left[layer_name(node)] = "a recurrent layer"
+            elif node.target is aten.einsum.default:
+                self.left[layer_name(node)] = "a product by einsum"
             elif node.target in PRODUCT and len(node.all_input_nodes) > 1:
                 stored = any(each.op == "get_attr" for each in node.all_input_nodes)
                 self.left[layer_name(node)] = (
