@@ -120,10 +120,12 @@ def prune(
     if narrow:
         left.append(LeftAlone(tuple(group.name for group in narrow), NARROW.format(round_to)))
     wide = {group: own for group, own in ranked.items() if group not in narrow}
+    reasons = "; ".join(f"{', '.join(each.layers)}: {each.reason}" for each in left)
     if not wide and not enough:
-        reasons = "; ".join(f"{', '.join(each.layers)}: {each.reason}" for each in left)
         raise ModelError("nothing in the network can be cut", where=type(module).__name__, fix=reasons)
-    search = partial(rank.search, wide, goal=goal, together=options.global_ranking, round_to=round_to)
+    search = partial(
+        rank.search, wide, goal=goal, together=options.global_ranking, round_to=round_to, untouched=reasons
+    )  # fmt: skip
     keep: rank.Keep = {group: tuple(range(group.units)) for group in wide}
     after = before
     if not enough:

@@ -80,6 +80,7 @@ def search(
     round_to: int,
     refine: bool = True,
     slack: float = 0.0,
+    untouched: str = "",
 ) -> Keep:
     """The units to keep so that the cost is at most the goal, and as near to it as rounding allows.
 
@@ -90,6 +91,7 @@ def search(
         round_to: channels of each group are kept in multiples of it.
         refine: give back single units as long as the goal is kept, which asks for the cost many more times.
         slack: part of the goal that is left free if it can be, for a cost that is not the same twice.
+        untouched: what else costs something and why it cannot be cut, for the error.
 
     Raises:
         ModelError: cutting all that may be cut does not reach the goal.
@@ -112,7 +114,7 @@ def search(
         raise ModelError(
             f"cutting nine tenths of every layer that can be cut leaves {least:.6g}, and {goal:.6g} is the goal",
             where="prune",
-            fix="ask for less, or see what was left alone",
+            fix="ask for less" + (f"; left alone are {untouched}" if untouched else ""),
         )
     most = goal * (1 - slack)
     level = _first(0, _LEVELS, lambda at: costs(counts(at)) <= most)
