@@ -307,7 +307,8 @@ def test_recurrent_layers_are_left_alone() -> None:
     module, x = Recurrent().eval(), torch.randn(2, 7, 6)
     made: Any = pruning.prune(module, (x,), "parameters", 0.9 * cost.parameters(module), Prune(parameters=0.9))
     assert set(made.layers) == {"hidden"}
-    assert "LSTM" in reasons(made)["widen"]
+    assert reasons(made)["widen"] == reasons(made)["lstm"]
+    assert "a torch.nn.LSTM has the same width everywhere" in reasons(made)["lstm"]
     assert made.module(x).shape == (2, 3)
 
 

@@ -84,5 +84,5 @@ def test_a_goal_that_only_layers_left_alone_could_reach_is_refused() -> None:
             return logits
 
     torch.manual_seed(0)
-    with pytest.raises(ModelError, match="can be cut leaves .*left alone are .*lstm: "):
+    with pytest.raises(ModelError, match=r"can be cut leaves .*left alone are .*lstm: "):
         edgekd.prune(Sensors(), torch.randn(2, STEPS, IN), macs=0.5)

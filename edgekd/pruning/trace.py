@@ -132,6 +132,8 @@ class _Reader:
                 yield self._group(layer, traced), traced
             except _Refused as why:
                 self.refused.append(LeftAlone(tuple(self._named(made)), str(why)))
+        whole = [path for each, path in self.names.items() if isinstance(each, _ONE_WIDTH)]
+        self.refused += [LeftAlone((path,), _of_one_width(self.module.get_submodule(path))) for path in whole]
         for each in self.attentions:
             try:
                 for slot in each.group.slots:
@@ -205,8 +207,8 @@ class _Reader:
         weights = [*owner.parameters(recurse=False)] if owner is not None else [self.module.get_parameter(path)]
         if not self.shared.isdisjoint(map(id, weights)):
             raise _Refused(SHARED)
-        if isinstance(owner, (nn.RNNBase, nn.MultiheadAttention)):
-            raise _Refused(f"a torch.nn.{type(owner).__name__} has the same width everywhere, inside and out")
+        if isinstance(owner, _ONE_WIDTH):
+            raise _Refused(_of_one_width(owner))
 
     def _items(self, group: Group) -> Iterator[_Item]:
         from torch_pruning.pruner import function
@@ -238,6 +240,13 @@ class _Item:
 
 class _View(list[_Item]):
     """A group that torch-pruning did not make, in the form of one that it did."""
+
+
+_ONE_WIDTH = (nn.RNNBase, nn.MultiheadAttention)
+
+
+def _of_one_width(layer: nn.Module) -> str:
+    return f"a torch.nn.{type(layer).__name__} has the same width everywhere, inside and out"
 
 
 def _made(layer: nn.Module) -> int:
