@@ -30,6 +30,11 @@ class Order:
     budget: Budget
     seed: int
 
+    @property
+    def run(self) -> str:
+        """The name of the run's folder: not that of the recipe's own run, whose results are others."""
+        return self.name if self.recipe is None else f"{self.name}-quantized"
+
 
 def asked(
     source: Path | None, *, data: Path | None, mean: str | None, std: str | None, precisions: Sequence[str],

@@ -254,7 +254,10 @@ def prune(
 @click.option("--mean", metavar="NUMBERS", help="Of an .onnx file that takes float images: 0.485,0.456,0.406.")
 @click.option("--std", metavar="NUMBERS", help="The same: 0.229,0.224,0.225, of values in [0, 1].")
 @click.option("--precision", "precisions", multiple=True, help="What to make; left out: what the target allows.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder of the results; left out: runs/<name>.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path),
+    help="Folder of the results; left out: runs/<name>-quantized, of an .onnx file runs/<name>.",
+)  # fmt: skip
 @_store
 @_seed
 @_budget
@@ -277,7 +280,7 @@ def quantize(
 
     order = asked(source, data=data, mean=mean, std=std, precisions=precisions, seed=seed, **limits)
     found = [target_files.load(name) for name in dict.fromkeys(targets or ("host",))]
-    folder = make_folder(out or Path("runs") / order.name)
+    folder = make_folder(out or Path("runs") / order.run)
     with _told_in(folder / "log.jsonl", verbose) as say:
         report = quantize_alone(order, found, folder, store=store, threads=threads, quick=quick, say=say)
     return _told(report, folder, as_json)

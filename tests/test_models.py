@@ -290,6 +290,16 @@ class Heads(nn.Module):
 def heads(classes): return Heads(classes)
 def one_head_short(classes): return Heads(classes, "b")
 def nothing(classes): return None
+def raises(classes): raise ValueError("no such file: teacher.yaml")
+class Padded(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, classes)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    def forward(self, ids, mask):
+        return self.head(self.encoder(self.embed(ids), src_key_padding_mask=mask == 0)[:, 0])
+def padded(classes): return Padded(classes)
 def frozen(classes, inputs, *, rate=0.5):
     m = nn.Sequential(nn.Flatten(), nn.Linear(3072, classes), nn.Dropout(rate))
     m[2].eval()
@@ -309,6 +319,8 @@ def test_a_users_model_of_named_inputs(own: str) -> None:
     inputs = (TensorSpec("ids", "int64", ("batch", "length")), TensorSpec("mask", "float32", ("batch", "length")))
     network = made(f"{own}:tokens", inputs, images=False)
     assert network(torch.zeros(3, 5, dtype=torch.int64), torch.ones(3, 5)).shape == (3, 10)
+    padded = made(f"{own}:padded", inputs, images=False)  # attention to nothing but padding would be a NaN
+    assert padded(torch.ones(3, 5, dtype=torch.int64), torch.ones(3, 5)).shape == (3, 10)
     with pytest.raises(ModelError, match="mean and std are for images"):
         build(ModelSpec(f"{own}:tokens", mean=(0.5,)), classes=10, inputs=inputs, images=False)
 
@@ -352,6 +364,7 @@ def test_a_users_model_keeps_its_modes_and_the_random_state(own: str) -> None:
         ("nan", "NaN or infinite logits"),
         ("fails", "it fails on a batch of two (image uint8 (2, 32, 32, 3))"),
         ("nothing", "it returned a NoneType; expected a torch.nn.Module"),
+        ("raises", "it cannot be built: ValueError: no such file: teacher.yaml"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning:torch.nn.modules.lazy")

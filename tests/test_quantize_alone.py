@@ -275,20 +275,22 @@ def test_the_model_of_a_recipe_is_quantized_without_a_student(place: Path) -> No
     (place / "recipe.toml").write_text(ALONE)
     words = ("quantize", "recipe.toml", "--quick", "--precision", "int8", "--precision", "dynamic")
     assert call(*words) == 0
-    account = told(place, "small")
+    account = told(place, "small-quantized")
     assert account["source"] == "pytorch"
-    found = forms(place, "small")
+    found = forms(place, "small-quantized")
     assert set(found) == {
         f"host/{name}" for name in ("teacher-fp32", "student-fp32", "student-int8", "student-dynamic")
     }
     assert found["host/student-int8"]["account"]["quantizer"] == "pt2e"
     assert found["host/student-int8"]["drop"] is not None
-    report = json.loads((place / "runs/small/report.json").read_text())
+    report = json.loads((place / "runs/small-quantized/report.json").read_text())
     assert report["training"] is None
     assert report["command"] == "quantize recipe.toml"
     assert any("no student was distilled" in note for note in report["notes"])
-    assert edgekd.load(place / "runs/small/bundles/host")(np.zeros((8, 8, 1), np.uint8)).label in set("0123456789")
-    logged = [json.loads(line) for line in (place / "runs/small/log.jsonl").read_text().splitlines()]
+    assert edgekd.load(place / "runs/small-quantized/bundles/host")(np.zeros((8, 8, 1), np.uint8)).label in set(
+        "0123456789"
+    )
+    logged = [json.loads(line) for line in (place / "runs/small-quantized/log.jsonl").read_text().splitlines()]
     assert not any(line.get("step") == "distill" for line in logged)
 
 

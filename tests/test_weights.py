@@ -203,6 +203,8 @@ def test_another_depth_and_another_width_are_told(tmp_path: Path) -> None:
     assert "keys are missing (layer1.1.conv1.weight" in error(tmp_path / "w", resnet20(10, RGB))
     assert "of the same family with another depth" in error(tmp_path / "w", seeded(0, shortcut="conv"))
     assert "other options, such as width" in error(tmp_path / "w", seeded(0, width=8))
+    told = "It was trained on images of 3 channels, and the model is built for 1: [data] channels = 3 reads them so"
+    assert told in error(tmp_path / "w", resnet8(10, GREY))
 
 
 # ---------------------------------------------------------------- weights to start from

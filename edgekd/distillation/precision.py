@@ -50,10 +50,11 @@ def measured(run: Callable[[Computed], None], device: torch.device) -> Choice:
             start_s = time.perf_counter()
             try:
                 run(precision)
-            except RuntimeError as problem:
+            except Exception as problem:  # a user's forward may raise anything
                 if precision == "fp32":
                     raise
-                return Choice("fp32", f"bf16 does not run: {str(problem).splitlines()[0]}")
+                told = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+                return Choice("fp32", f"bf16 does not run: {told}")
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             taken_s = time.perf_counter() - start_s

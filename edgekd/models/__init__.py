@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd import plugins
-from edgekd.errors import ModelError
+from edgekd.errors import EdgekdError, ModelError
 from edgekd.models import weights
 from edgekd.models.network import Network
 from edgekd.types import ModelSpec, Part, Preprocessing, TensorSpec
@@ -47,7 +47,12 @@ def build(
     """
     if isinstance(classes, Mapping):
         _check_heads(spec)
-    module = plugins.build("models", Part(spec.name, spec.options), classes, inputs, where=f"model {spec.name}")
+    try:
+        module = plugins.build("models", Part(spec.name, spec.options), classes, inputs, where=f"model {spec.name}")
+    except EdgekdError:
+        raise
+    except Exception as problem:  # what builds a model may be the user's
+        raise ModelError(f"it cannot be built: {type(problem).__name__}: {problem}", where=spec.name) from problem
     if not isinstance(module, nn.Module):
         raise ModelError(f"it returned a {type(module).__name__}", where=spec.name, expected="a torch.nn.Module")
     if spec.weights is not None:
@@ -115,11 +120,15 @@ def _defaults(own: Mapping[str, object], channels: int) -> tuple[tuple[float, ..
 
 
 def _try(network: Network, classes: int | Mapping[str, int], dense: bool | Collection[str], name: str) -> None:
-    """One forward pass of two empty samples, which leaves modes and random state as they were."""
+    """One forward pass of two samples, which leaves modes and random state as they were.
+
+    They are black images, or ones: a text of padding alone, with a mask of zeros, is no text.
+    """
     samples = []
     for spec in network.inputs:
         sides = [side if isinstance(side, int) else _SYMBOLIC_SIZE for side in spec.shape[1:]]
-        samples.append(torch.from_numpy(np.zeros((2, *sides), spec.dtype)))
+        value = 0 if network.preprocessing is not None or spec.values == 1 else 1
+        samples.append(torch.from_numpy(np.full((2, *sides), value, spec.dtype)))
     given = ", ".join(
         f"{spec.name} {spec.dtype} {tuple(s.shape)}" for spec, s in zip(network.inputs, samples, strict=True)
     )
@@ -152,7 +161,9 @@ def _check_output(output: object, classes: int, dense: bool, source: str, name: 
     if output.shape[:2] != (2, classes) or (output.ndim > 2) != dense or not output.is_floating_point():
         raise ModelError(f"it returns {_told(output)}", where=name, expected=expected)
     if not torch.isfinite(output).all():
-        raise ModelError("it returns NaN or infinite logits for empty samples", where=name)
+        raise ModelError(
+            "it returns NaN or infinite logits for samples of zeros, or of ones where they are no images", where=name
+        )
 
 
 def _told(output: object) -> str:

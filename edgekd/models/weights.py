@@ -236,11 +236,29 @@ def _cause(
             f"it was trained for another number of classes: layer '{layers.pop()}' has {state[key].shape[0]} in the "
             f"file and {own[key].shape[0]} in the model"
         )
+    channels = _channels(state, own, mismatched)
+    if channels is not None and not missing and not unexpected:
+        seen, given = channels
+        return (
+            f"it was trained on images of {seen} channels, and the model is built for {given}: "
+            f"[data] channels = {seen} reads them so"
+        )
     if len(missing) > len(own) / 2:
         return "it is most likely of another architecture"
     if missing or unexpected:
         return "it is most likely of the same family with another depth, or with layers added or removed"
     return "it is most likely of the same architecture with other options, such as width or input channels"
+
+
+def _channels(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], mismatched: Sequence[str]
+) -> tuple[int, int] | None:
+    """Channels of the images in the file and in the model, where one convolution differs by that alone."""
+    if len(mismatched) != 1:
+        return None
+    one, other = state[mismatched[0]].shape, own[mismatched[0]].shape
+    alike = one[:1] + one[2:] == other[:1] + other[2:]
+    return (one[1], other[1]) if len(one) == 4 and alike and {one[1], other[1]} == {1, 3} else None
 
 
 def _sides(tensor: Tensor) -> str:
