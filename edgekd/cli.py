@@ -309,12 +309,15 @@ def bench(model: Path, others: tuple[Path, ...], threads: int, quick: bool, as_j
 @_budget
 @_json
 def report(run: Path, as_json: bool, **limits: str | None) -> int:
-    """Write the report of RUN (a run folder) anew, e.g. against another budget. Nothing is built or measured."""
+    """Write the report of RUN (a run folder) anew, e.g. against another budget. Nothing is built or measured.
+
+    Limits that are left out are those of the run's recipe, whatever the report was written for last.
+    """
     from edgekd import report as reports
-    from edgekd.recipe import budget_of
+    from edgekd.recipe import budget_in, budget_of
 
     found = reports.load(run / "report.json")
-    found = reports.rejudged(found, budget_of(found.budget, **limits))
+    found = reports.rejudged(found, budget_of(budget_in(run, found.budget), **limits))
     reports.render(found, run)
     return _told(found, run, as_json)
 

@@ -178,6 +178,12 @@ def overridden(recipe: Recipe, *, seed: int | None = None, **limits: str | None)
     return replace(recipe, seed=recipe.seed if seed is None else seed, budget=budget_of(recipe.budget, **limits))
 
 
+def budget_in(run: Path, otherwise: Budget) -> Budget:
+    """The budget that a run was made for: of the recipe in its folder; where there is none, `otherwise`."""
+    path = run / "recipe.toml"
+    return toml.read(Budget, toml.load(path).get("budget", {}), f"{path}: budget") if path.exists() else otherwise
+
+
 def budget_of(
     budget: Budget,
     max_drop: str | None = None,

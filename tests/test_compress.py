@@ -169,10 +169,14 @@ def test_the_resolved_recipe_reruns_the_run(out: Path, capsys: pytest.CaptureFix
 
 
 def test_report_judges_again_against_another_budget(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((out / "report.json").read_text())["budget"]
     code, told, shown = run(capsys, "report", str(out), "--max-size", "1kB", "--json")
     assert code == cli.NO_VARIANT
     assert json.loads(told)["chosen"] == {"host": None, "jetson": None}
     assert "size" in shown
+    code, told, _ = run(capsys, "report", str(out), "--json")
+    assert code == 0, "the last limit does not stick"
+    assert json.loads(told)["budget"] == before
     code, told, _ = run(capsys, "report", str(out), "--max-size", "4MB", "--json")
     assert code == 0
     assert set(json.loads(told)["chosen"].values()) <= {row["id"] for row in json.loads(told)["variants"]}
