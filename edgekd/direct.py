@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor, bfloat16, nn
@@ -41,6 +41,9 @@ from edgekd.types import (
     TensorSpec,
     TrainOptions,
 )
+
+
+Inputs: TypeAlias = "Tensor | Sequence[Tensor] | Mapping[str, Tensor]"  # what a module takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +127,9 @@ class Pruned:
 
 def prune(
     module: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Inputs,
     *,
-    batches: Iterable[Tensor | Sequence[Tensor]] | None = None,
+    batches: Iterable[Inputs] | None = None,
     loss: Callable[[nn.Module], Tensor] | None = None,
     timer: Callable[[nn.Module], float] | None = None,
     seed: int = 0,
@@ -142,7 +145,7 @@ def prune(
     channel by channel, however long it is trained.
 
     Args:
-        example_inputs: some samples as the module takes them, batch first.
+        example_inputs: some samples as the module takes them, batch first; by name in the order of its arguments.
         batches: training samples to estimate the statistics of batch normalisation from, as example_inputs are; None:
             the old ones stay.
         loss: of a module on some samples, for importance = "taylor".
@@ -189,7 +192,9 @@ def prune(
     return Pruned(made.module, account)
 
 
-def _tuple_of(inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _tuple_of(inputs: Inputs) -> tuple[Tensor, ...]:
+    if isinstance(inputs, Mapping):
+        return tuple(inputs.values())
     return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
 
 

@@ -204,3 +204,19 @@ def test_prune_of_modules_in_hand(tmp_path: Path) -> None:
         edgekd.prune(module, images(), latency_ms=1.0)
     with pytest.raises(RecipeError, match="Give loss="):
         edgekd.prune(module, images(), macs=0.5, importance="taylor")
+
+
+def test_inputs_by_name_are_in_the_order_of_the_arguments() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 16), nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, first: Tensor, second: Tensor) -> Tensor:
+            logits: Tensor = self.head((self.a(first) + self.b(second)).relu())
+            return logits
+
+    module = Two().train()
+    made: Any = edgekd.prune(module, {"x": torch.randn(2, 6), "y": torch.randn(2, 4)}, macs=0.5)
+    assert made.account.layers == {"a": (16, 8)}
+    assert module.training
