@@ -42,7 +42,6 @@ from edgekd.types import (
     TrainOptions,
 )
 
-
 Inputs: TypeAlias = "Tensor | Sequence[Tensor] | Mapping[str, Tensor]"  # what a module takes
 
 
