@@ -212,9 +212,9 @@ def distilled_text(found: dict[str, Json], out: Path, name: str = "distill.json"
     for task in tasks:
         student, teachers = task["student"], ", ".join(f"{each['accuracy']['value']:.4f}" for each in task["teachers"])
         low, high = student["accuracy"]["low"], student["accuracy"]["high"]
-        name = f"{task['head']}: " if task["head"] else ""
+        head = f"{task['head']}: " if task["head"] else ""
         lines.append(
-            f"{name}{task['metric']} {student['accuracy']['value']:.4f} ({low:.4f} to {high:.4f}), teacher {teachers}"
+            f"{head}{task['metric']} {student['accuracy']['value']:.4f} ({low:.4f} to {high:.4f}), teacher {teachers}"
         )
     cut: Any = found.get("pruning")
     if cut:

@@ -273,6 +273,7 @@ def test_the_verb_leaves_weights_shapes_and_an_account(
     assert document["pruning"]["goal"] / document["pruning"]["macs_before"] == pytest.approx(0.7)
     assert document["pruning"]["round_to"] == HOST.pruning.channel_multiple == 8
     assert "of the multiply-accumulates and" in told.err
+    assert "out/prune.json" in told.err.splitlines()[-1]
     assert "multiples of 8; at most 70 % of the multiply-accumulates was asked for" in told.err
     from edgekd.models.resnet import resnet8
     from edgekd.types import TensorSpec
