@@ -1,4 +1,4 @@
-"""How far a student is pruned, and by what: the [prune] table of a recipe."""
+"""How far a student is pruned, and by what: the [prune] table of a recipe, and its goal as people read it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from edgekd import units
 from edgekd.errors import RecipeError
+from edgekd.outcome import Pruning
 
 Measure: TypeAlias = Literal["macs", "parameters", "size_bytes", "latency_ms"]
 Importance: TypeAlias = Literal["magnitude", "l1", "bn_scale", "taylor", "random"]
@@ -60,3 +61,49 @@ def goals_of(macs: str | None, parameters: str | None, size: str | None, latency
         if found.get(measure) in (0.0, 1.0):
             raise RecipeError("it keeps nothing, or all", where=f"--{measure}", expected="a part, e.g. 50%")
     return found
+
+
+_NAMES: dict[str, str] = {"macs": "multiply-accumulates", "parameters": "parameters"}
+_DIGITS = (3, 5, 8)  # as few of them as tell a cost from its goal
+
+
+def told(measure: Measure, value: float, significant: int = 3) -> str:
+    """A cost as people read it: "0.36 ms", "2 MB", "12.1 M multiply-accumulates"."""
+    if measure == "latency_ms":
+        return units.plain(f"{units.digits(value, significant)} ms")
+    if measure == "size_bytes":
+        return units.plain(units.size(round(value), significant))
+    return f"{units.plain(units.quantity(round(value), significant))} {_NAMES[measure]}"
+
+
+def compared(measure: Measure, found: float, goal: float, whole: float | None = None) -> tuple[str, str]:
+    """A cost and its goal, told so that they differ where they do.
+
+    Args:
+        whole: the teacher's, of which multiply-accumulates and parameters are told as a part.
+    """
+    texts = "", ""
+    for significant in _DIGITS:
+        if whole is not None and measure in _NAMES:
+            parts = [units.plain(f"{units.digits(100 * each / whole, significant)} %") for each in (found, goal)]
+            texts = f"{parts[0]} of the {_NAMES[measure]}", parts[1]
+            differ = parts[0] != parts[1]
+        else:
+            texts = told(measure, found, significant), told(measure, goal, significant)
+            differ = texts[0] != texts[1]
+        if differ or found == goal:
+            break
+    return texts
+
+
+def outcome(pruning: Pruning) -> str:
+    """What was asked for, and what there is of it: "it took 0.351 ms …, and at most 0.36 ms was asked for"."""
+    measure: Measure = pruning.measure  # type: ignore[assignment]
+    whole = {"macs": pruning.macs_before, "parameters": pruning.parameters_before}.get(measure)
+    found, goal = compared(measure, pruning.after, pruning.goal, whole)
+    before = told(measure, pruning.before)
+    if measure == "latency_ms":
+        return f"it took {found} in fp32 when it was cut (its teacher {before}), and at most {goal} was asked for"
+    if measure == "size_bytes":
+        return f"its fp32 weights are {found} (its teacher's {before}), and at most {goal} was asked for"
+    return f"at most {goal} of the {_NAMES[measure]} was asked for"

@@ -21,10 +21,11 @@ from edgekd import bundle, measure, report, rounds, training
 from edgekd.bench import conditions
 from edgekd.clock import Deadline
 from edgekd.deploy import Deployment, Source, Workshop, deploy, row_id, samples
-from edgekd.outcome import Search
+from edgekd.outcome import Pruning, Search
 from edgekd.processes import here
 from edgekd.recipe import Recipe, TaskSpec
 from edgekd.report.account import account_of
+from edgekd.report.story import remains
 from edgekd.rounds import Outcome
 from edgekd.store import Store, copy, write_text
 from edgekd.training import School
@@ -211,14 +212,13 @@ def distilled_text(found: dict[str, Json], out: Path, name: str = "distill.json"
     for task in tasks:
         student, teachers = task["student"], ", ".join(f"{each['accuracy']['value']:.4f}" for each in task["teachers"])
         low, high = student["accuracy"]["low"], student["accuracy"]["high"]
-        name = f"{task['head']}: " if task["head"] else ""
+        head = f"{task['head']}: " if task["head"] else ""
         lines.append(
-            f"{name}{task['metric']} {student['accuracy']['value']:.4f} ({low:.4f} to {high:.4f}), teacher {teachers}"
+            f"{head}{task['metric']} {student['accuracy']['value']:.4f} ({low:.4f} to {high:.4f}), teacher {teachers}"
         )
     cut: Any = found.get("pruning")
     if cut:
-        parts = [cut[f"{what}_after"] / cut[f"{what}_before"] for what in ("macs", "parameters")]
-        lines.append(f"{parts[0]:.1%} of the multiply-accumulates and {parts[1]:.1%} of the parameters are left")
+        lines.append(remains(Pruning(**cut)))
     return "\n".join([*lines, f"{out / 'student.safetensors'}, {out / name}"])
 
 

@@ -30,7 +30,7 @@ from edgekd.deploy import Source
 from edgekd.distillation.objective import Objective, Term
 from edgekd.distillation.samples import Samples
 from edgekd.errors import ModelError
-from edgekd.goals import Measure, Prune
+from edgekd.goals import Measure, Prune, compared
 from edgekd.models import weights
 from edgekd.models.network import Network
 from edgekd.outcome import LeftAlone, Pruning
@@ -181,34 +181,85 @@ class _Rounds:
 
     def _cut(self, module: nn.Module, asked: float, number: int) -> tuple[pruning.Cut, bool]:
         """One round, and whether it reached what was asked for."""
-        if self.measure != "latency_ms":
-            return self._pruned(module, self.measure, asked), True
+        try:
+            if self.measure == "latency_ms":
+                return self._cut_by_time(module, asked, number)
+            return self._pruned(module, self.measure, asked, number), True
+        except pruning.OutOfReach as problem:
+            least, part = compared(self.measure, problem.least, asked)
+            raise ModelError(
+                f"{self._compared(problem.least)[1]} is out of reach: round {number + 1} has to leave {part}, and with "
+                f"nine tenths of every layer cut that can be cut it leaves {least}",
+                where=self._where, fix=problem.fix,
+            ) from problem  # fmt: skip
+
+    def _cut_by_time(self, module: nn.Module, asked: float, number: int) -> tuple[pruning.Cut, bool]:
         timer = self._timer()
         before_ms = timer(module)
         if before_ms <= asked and number == 0:
             raise self._enough(before_ms)
         if before_ms > asked:
-            cut = self._pruned(module, "macs", cost.macs(module, self.inputs) * max(1 - self.prune.step, 0.1))
-            took_ms = timer(cut.module)
-            self.school.say("pruned latency", round=number + 1, milliseconds=took_ms)
-            if took_ms > asked:
-                return replace(cut, before=before_ms, after=took_ms), False
-        cut = self._pruned(module, "latency_ms", asked)  # nothing is cut where the goal is kept already
+            step = self._one_step(module, number)
+            if step is not None:
+                took_ms = timer(step.module)
+                self.school.say("pruned latency", round=number + 1, milliseconds=took_ms)
+                if took_ms > asked:
+                    return replace(step, before=before_ms, after=took_ms), False
+        cut = self._pruned(module, "latency_ms", asked, number)  # nothing is cut where the goal is kept already
         return cut, cut.after <= asked
+
+    def _one_step(self, module: nn.Module, number: int) -> pruning.Cut | None:
+        """A whole step of the work gone; None: so much cannot be cut, and less may be enough."""
+        part = max(1 - self.prune.step, 0.1)
+        try:
+            return self._pruned(module, "macs", cost.macs(module, self.inputs) * part, number)
+        except pruning.OutOfReach:
+            return None
 
     def _enough(self, found: float) -> ModelError:
         """The teacher costs no more than the goal."""
-        return ModelError(
-            f"the teacher has {found:.6g} {self.measure} already, and {self.goal:.6g} is the goal",
-            where=f"{self.school.recipe.source}: prune.{self.measure}",
+        had, goal = compared(self.measure, found, self.goal)
+        return ModelError(f"the teacher costs {had} already, and {goal} is the goal", where=self._where)
+
+    def _reachable(self, smallest: nn.Module, untouched: str) -> None:
+        """Raise ModelError where all rounds together cannot reach the goal, before the first one is trained."""
+        timer = self._timer() if self.measure == "latency_ms" else None
+        for _ in range(2 if timer else 1):  # a timing that was disturbed once refuses nothing
+            found = pruning.measured(self.measure, smallest, self.inputs, timer)
+            if found <= self.goal:
+                return
+        costs, goal = self._compared(found)
+        fix = "ask for less"
+        if self.round_to > 1:
+            fix += f", or for channels in multiples of less than {self.round_to} (prune.round_to)"
+        if untouched:
+            fix += f"; left alone are {untouched}"
+        raise ModelError(
+            f"with nine tenths of every layer that can be cut gone in every round it still costs {costs}, and {goal} "
+            "is the goal",
+            where=self._where,
+            fix=fix,
         )
 
-    def _pruned(self, module: nn.Module, measure: Measure, goal: float) -> pruning.Cut:
+    def _compared(self, found: float) -> tuple[str, str]:
+        """A cost and the goal, as the user put it."""
+        return compared(self.measure, found, self.goal, self.whole)
+
+    @property
+    def _where(self) -> str:
+        return f"{self.school.recipe.source}: prune.{self.measure}"
+
+    def _most_rounds(self) -> int:
+        """As many as there may be, of a latency as many as are ever made."""
+        return _MOST_ROUNDS if self.timed_on is not None else count(self.goal / self.whole, self.prune.step)
+
+    def _pruned(self, module: nn.Module, measure: Measure, goal: float, number: int) -> pruning.Cut:
         return pruning.prune(
             module, self.inputs, measure, goal, self.prune,
             seed=self.school.recipe.seed, round_to=self.round_to, architecture=self.teacher.network.module,
             gradients=self._gradients, timer=self._timer() if measure == "latency_ms" else None,
             batches=lambda: map(self._inputs, self._spread(STATISTICS_SAMPLES)),
+            ahead=pruning.Ahead(self._most_rounds(), self._reachable) if number == 0 else None,
         )  # fmt: skip
 
     def _spread(self, most: int) -> Iterable[np.ndarray]:

@@ -183,8 +183,49 @@ def test_a_goal_of_latency_is_measured_until_it_is_met(tmp_path: Path, monkeypat
     assert made.account.rounds == built(told).count("cut") > 1
     takes = [fields["milliseconds"] for fields in told.of("pruned latency")]
     assert takes == sorted(takes, reverse=True)  # type: ignore[type-var]
-    with pytest.raises(ModelError, match="already, and 1e\\+06 is the goal"):
+    with pytest.raises(ModelError, match=r"costs 1\.[0-9]+ ms already, and 1000000 ms is the goal"):
         run(read(RECIPE.replace("macs = 0.5", "latency_ms = 1e6")), tmp_path / "store", Told())
+
+
+@pytest.mark.parametrize(
+    ("goal", "says"),
+    [
+        ("macs = 0.01", r"it still costs 54\.\d % of the multiply-accumulates, and 1 % is the goal"),
+        ("size_bytes = 5000", r"it still costs \d\d\.?\d* kB, and 5 kB is the goal"),
+        ("latency_ms = 0.01", r"it still costs 0\.10\d ms, and 0\.01 ms is the goal"),
+    ],
+)
+def test_a_goal_out_of_reach_is_told_before_any_round_is_trained(
+    goal: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timer(self: Any) -> Callable[[nn.Module], float]:
+        return lambda module: cost.macs(module, self.inputs) / 1e6
+
+    monkeypatch.setattr(rounds._Rounds, "_timer", timer)
+    told = Told()
+    text = RECIPE.replace("macs = 0.5\nround_to = 2", f"{goal}\nround_to = 8")
+    with pytest.raises(ModelError, match=says) as raised:
+        run(read(text), tmp_path / "store", told)
+    assert built(told) == ["teacher", "cut"]
+    assert raised.value.where == f"edgekd.toml: prune.{goal.partition(' ')[0]}"
+    assert "multiples of less than 8 (prune.round_to); left alone are " in raised.value.fix
+    assert "linear: it gives the output" in raised.value.fix
+
+
+def test_a_latency_that_less_than_a_step_reaches_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth is all that can be cut, a whole step is a third, and a twentieth is asked for."""
+
+    def timer(self: Any) -> Callable[[nn.Module], float]:
+        return lambda module: cost.macs(module, self.inputs) / 1e6
+
+    monkeypatch.setattr(rounds._Rounds, "_timer", timer)
+    _, whole = run(read(), tmp_path / "store", Told())
+    goal = 0.95 * whole.account.macs_before / 1e6
+    ignore = '["conv1", "layer1", "layer2"]'
+    found = read(RECIPE.replace("macs = 0.5", f"latency_ms = {goal}\nignore = {ignore}\nstep = 0.6"))
+    _, made = run(found, tmp_path / "store", Told())
+    assert 0 < made.account.after <= goal
+    assert made.account.rounds == 1
 
 
 def test_rounds_end_where_a_later_timing_finds_the_goal_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +273,8 @@ def test_the_verb_leaves_weights_shapes_and_an_account(
     assert document["pruning"]["goal"] / document["pruning"]["macs_before"] == pytest.approx(0.7)
     assert document["pruning"]["round_to"] == HOST.pruning.channel_multiple == 8
     assert "of the multiply-accumulates and" in told.err
+    assert "out/prune.json" in told.err.splitlines()[-1]
+    assert "multiples of 8; at most 70 % of the multiply-accumulates was asked for" in told.err
     from edgekd.models.resnet import resnet8
     from edgekd.types import TensorSpec
 

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from edgekd.correspondence.pruned import Kept, fingerprint, remember, remembered
 from edgekd.errors import ModelError
-from edgekd.goals import Measure, Prune
+from edgekd.goals import Importance, Measure, Prune, compared
 from edgekd.models import weights
 from edgekd.outcome import LeftAlone
 from edgekd.pruning import cost, rank, shapes
 from edgekd.pruning.cut import Group, cut
+from edgekd.pruning.rank import OutOfReach
 from edgekd.pruning.shapes import Shapes, restore, traceable
 from edgekd.pruning.statistics import recalibrate
-from edgekd.pruning.trace import Inputs, trace
+from edgekd.pruning.trace import Inputs, Traced, merged, trace
 
 VERSION = 1  # of what pruning does with its options; raised where the same options would cut otherwise
 
@@ -29,9 +30,11 @@ VERSION = 1  # of what pruning does with its options; raised where the same opti
 SLACK = 0.03
 _SEARCHES = 3  # for a latency, each with more slack, until a cut that is timed again keeps the goal
 
-__all__ = ["SLACK", "VERSION", "Cut", "measured", "prune", "recalibrate", "restore", "traceable", "write"]
+__all__ = [
+    "SLACK", "VERSION", "Ahead", "Cut", "OutOfReach", "measured", "prune", "recalibrate", "restore", "traceable",
+    "write",
+]  # fmt: skip
 
-NARROW = "too narrow: rounded to multiples of {0} channels nothing can be cut"
 KEPT = "everything in it ranks above what had to go"
 
 
@@ -53,6 +56,20 @@ class Cut:
     after: float
     layers: Mapping[str, tuple[int, int]]
     left_alone: tuple[LeftAlone, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What is looked at before the first of several rounds cuts anything.
+
+    Args:
+        rounds: how many there may be.
+        check: told the network with as much cut as they may cut of it together, and what was left alone and why; raises
+            where that costs too much.
+    """
+
+    rounds: int
+    check: Callable[[nn.Module, str], None]
 
 
 def measured(measure: Measure, module: nn.Module, inputs: Inputs, timer: Callable[[nn.Module], float] | None) -> float:
@@ -80,6 +97,7 @@ def prune(
     gradients: Callable[[nn.Module], None] | None = None,
     timer: Callable[[nn.Module], float] | None = None,
     batches: Callable[[], Iterable[tuple[Tensor, ...]]] | None = None,
+    ahead: Ahead | None = None,
 ) -> Cut:
     """Cut the least important channels and heads out of a copy of a network, until it costs at most `goal`.
 
@@ -95,9 +113,10 @@ def prune(
         gradients: fills the gradients of a module's parameters, for "taylor".
         timer: milliseconds that a module takes, for a goal of latency.
         batches: training samples to estimate the statistics of batch normalisation from; None: they stay.
+        ahead: a look at what all rounds together can reach.
 
     Raises:
-        ModelError: the network cannot be traced, nothing can be cut, or the goal is out of reach.
+        ModelError: the network cannot be traced, nothing can be cut, or (`OutOfReach`) the goal is out of reach.
     """
     try:
         begun = traceable(module).eval()
@@ -107,24 +126,23 @@ def prune(
     before = measured(measure, begun, inputs, timer)
     enough = before <= goal
     if enough and architecture is None:
-        raise ModelError(f"it costs {before:.6g} {measure} already, and {goal:.6g} is the goal", where="prune")
+        had, asked = compared(measure, before, goal)
+        raise ModelError(f"it costs {had} already, and {asked} is the goal", where="prune")
     traced = trace(probe, inputs, options.ignore)
     if options.importance == "taylor":
         if gradients is None:
             raise ModelError("'taylor' ranks by gradients, and there are none", where="prune.importance")
         gradients(probe)
         rank.gradients_of_zero(probe.eval())
-    ranked, unranked = rank.scores(traced, options.importance, seed)
-    narrow = [group for group in ranked if rank.narrow(group, round_to)]
-    left = [*traced.left_alone, *unranked]
-    if narrow:
-        left.append(LeftAlone(tuple(group.name for group in narrow), NARROW.format(round_to)))
-    wide = {group: own for group, own in ranked.items() if group not in narrow}
+    wide, left = _candidates(traced, options.importance, seed, round_to)
     reasons = "; ".join(f"{', '.join(each.layers)}: {each.reason}" for each in left)
     if not wide and not enough:
         raise ModelError("nothing in the network can be cut", where=type(module).__name__, fix=reasons)
+    if ahead is not None and not enough:
+        ahead.check(_after(begun, rank.smallest(wide, round_to, ahead.rounds)), reasons)
     search = partial(
-        rank.search, wide, goal=goal, together=options.global_ranking, round_to=round_to, untouched=reasons
+        rank.search, wide, goal=goal, measure=measure, together=options.global_ranking, round_to=round_to,
+        untouched=reasons,
     )  # fmt: skip
     keep: rank.Keep = {group: tuple(range(group.units)) for group in wide}
     after = before
@@ -142,6 +160,16 @@ def prune(
     layers = {group.name: (_size(group, group.units), _size(group, len(units))) for group, units in keep.items()}
     layers = {name: sizes for name, sizes in layers.items() if sizes[0] != sizes[1]}
     return Cut(made, shapes.difference(base, made, kept, origin), before, after, layers, tuple(left))
+
+
+def _candidates(
+    traced: Traced, importance: Importance, seed: int, round_to: int
+) -> tuple[dict[Group, Tensor], list[LeftAlone]]:
+    """The importance of the units of each group of which something can be cut, and what is left alone."""
+    ranked, unranked = rank.scores(traced, importance, seed)
+    narrow = {group: why for group in ranked if (why := rank.narrow(group, round_to)) is not None}
+    left = [*traced.left_alone, *unranked, *(LeftAlone((group.name,), why) for group, why in narrow.items())]
+    return {group: own for group, own in ranked.items() if group not in narrow}, list(merged(left))
 
 
 def _searched(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edgekd.errors import ModelError
-from edgekd.goals import Importance
+from edgekd.goals import Importance, Measure, compared
 from edgekd.outcome import LeftAlone
 from edgekd.pruning.cut import Group
 from edgekd.pruning.trace import Traced
@@ -18,6 +18,24 @@ from edgekd.pruning.trace import Traced
 _MOST = 0.9  # of a group's channels that one round takes: a layer of hardly any channels lets nothing through
 _LEVELS = 1000  # steps of the search, from nothing cut to all that may be
 Keep = Mapping[Group, tuple[int, ...]]
+
+NARROW = "too narrow: rounded to multiples of {} channels nothing can be cut"
+COUPLED = (
+    "its {} channels are {} equal groups, of which each must lose the same, and what is left must be a multiple of {}: "
+    "nothing can be cut"
+)
+
+
+class OutOfReach(ModelError):
+    """Cutting all that may be cut at once is not enough; `least` is what is left then, in the goal's measure."""
+
+    def __init__(self, least: float, measure: Measure, goal: float, untouched: str) -> None:
+        found, asked = compared(measure, least, goal)
+        super().__init__(
+            f"cutting nine tenths of every layer that can be cut leaves {found}, and {asked} is the goal",
+            where="prune", fix="ask for less" + (f"; left alone are {untouched}" if untouched else ""),
+        )  # fmt: skip
+        self.least = least
 
 
 def scores(traced: Traced, importance: Importance, seed: int) -> tuple[dict[Group, Tensor], tuple[LeftAlone, ...]]:
@@ -76,6 +94,7 @@ def search(
     cost: Callable[[Keep], float],
     goal: float,
     *,
+    measure: Measure,
     together: bool,
     round_to: int,
     refine: bool = True,
@@ -87,6 +106,7 @@ def search(
     Args:
         ranked: importance of the units of each group.
         cost: of the network cut like that; falls where more is cut.
+        measure: that cost and goal are in, for the error.
         together: all units are ranked against each other; False: each group loses the same part.
         round_to: channels of each group are kept in multiples of it.
         refine: give back single units as long as the goal is kept, which asks for the cost many more times.
@@ -94,7 +114,7 @@ def search(
         untouched: what else costs something and why it cannot be cut, for the error.
 
     Raises:
-        ModelError: cutting all that may be cut does not reach the goal.
+        OutOfReach: cutting all that may be cut does not reach the goal.
     """
     groups = list(ranked)
     pooled = torch.cat([ranked[group] for group in groups]).sort().values
@@ -111,11 +131,7 @@ def search(
 
     least = costs(counts(_LEVELS))
     if least > goal:
-        raise ModelError(
-            f"cutting nine tenths of every layer that can be cut leaves {least:.6g}, and {goal:.6g} is the goal",
-            where="prune",
-            fix="ask for less" + (f"; left alone are {untouched}" if untouched else ""),
-        )
+        raise OutOfReach(least, measure, goal, untouched)
     most = goal * (1 - slack)
     level = _first(0, _LEVELS, lambda at: costs(counts(at)) <= most)
     # Between the last two levels several groups change at once: as few of them as are needed.
@@ -156,9 +172,18 @@ def _give_back(
             open_to_more.remove(at)
 
 
-def narrow(group: Group, round_to: int) -> bool:
-    """Whether rounding leaves nothing of a group to cut."""
-    return group.units <= _multiple(group, round_to)
+def narrow(group: Group, round_to: int) -> str | None:
+    """Why rounding leaves nothing of a group to cut; None where it leaves something."""
+    if group.units > _multiple(group, round_to):
+        return None
+    channels = group.units * group.width
+    coupled = not group.counts and channels > round_to
+    return COUPLED.format(channels, group.width, round_to) if coupled else NARROW.format(round_to)
+
+
+def smallest(groups: Iterable[Group], round_to: int, rounds: int = 1) -> Keep:
+    """As few units of each group as several rounds may leave, whatever is important."""
+    return {group: tuple(range(_least(group, round_to, rounds))) for group in groups}
 
 
 def _multiple(group: Group, round_to: int) -> int:
@@ -168,8 +193,12 @@ def _multiple(group: Group, round_to: int) -> int:
 
 def _rounded(group: Group, units: int, round_to: int) -> int:
     multiple = _multiple(group, round_to)
-    least = max(multiple, math.ceil(group.units * (1 - _MOST) / multiple) * multiple)
-    return min(group.units, max(least, math.floor(units / multiple + 0.5) * multiple))
+    return min(group.units, max(_least(group, round_to), math.floor(units / multiple + 0.5) * multiple))
+
+
+def _least(group: Group, round_to: int, rounds: int = 1) -> int:
+    multiple = _multiple(group, round_to)
+    return min(group.units, max(multiple, math.ceil(group.units * (1 - _MOST) ** rounds / multiple) * multiple))
 
 
 def _keep(ranked: Mapping[Group, Tensor], groups: Sequence[Group], kept: Sequence[int]) -> Keep:

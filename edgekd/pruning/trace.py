@@ -9,7 +9,9 @@ Reference: Fang, Ma, Song, Mi, Wang: DepGraph: Towards Any Structural Pruning, C
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -30,6 +32,10 @@ OUTPUT = "it gives the output"
 IGNORED = "asked to be left alone"
 SHARED = "its weights are used in several places"
 FAILS = "the network does not run without some of its channels"
+UNFOLLOWED = (
+    "the network runs, but torch-pruning cannot follow it, so it cannot be pruned: distil it into a student of its "
+    'own, [student] model = "…", instead of "pruned"'
+)
 UNTRACED = "torch-pruning cannot follow its channels"
 UNLIKE = "cut, the network does not compute what it does with these channels zero: their way was not understood"
 UNTRIED = "with some of these channels zero the network gives values that are not finite, which tell nothing"
@@ -67,13 +73,20 @@ def trace(module: nn.Module, inputs: Inputs, ignore: Collection[str] = ()) -> Tr
             raise RecipeError(f"the network has no module '{path}'", where="prune.ignore", nearest=nearest(path, paths))
     graph = torch_pruning.DependencyGraph()
     untouched = copy.deepcopy(module)  # a forward under autograd may leave tensors behind that cannot be copied
+    recorded: list[bool] = []  # of each output, once the network has run
+
+    def forward(net: nn.Module, given: Inputs) -> list[Tensor]:
+        outputs = [*tensors(net(*given))]
+        recorded.extend(each.requires_grad for each in outputs)
+        return outputs
+
     try:
-        with torch.enable_grad():
-            graph.build_dependency(module, inputs, forward_fn=lambda net, given: [*tensors(net(*given))], verbose=False)
+        with torch.enable_grad(), _quiet():
+            graph.build_dependency(module, inputs, forward_fn=forward, verbose=False)
     except Exception as problem:  # it runs the user's network and walks whatever autograd recorded of it
         raise ModelError(
             f"torch-pruning cannot trace it: {problem}", where=type(module).__name__,
-            fix="a forward that runs under autograd and returns tensors can be traced",
+            fix=UNFOLLOWED if any(recorded) else "a forward that runs under autograd and returns tensors can be traced",
         ) from problem  # fmt: skip
     reader = _Reader(graph, module, ignore)
     found, refused = dict(reader.groups()), list(reader.refused)
@@ -82,10 +95,18 @@ def trace(module: nn.Module, inputs: Inputs, ignore: Collection[str] = ()) -> Tr
         del found[group]
     order = {path: at for at, path in enumerate(paths)}
     groups = sorted(found, key=lambda group: order.get(group.name, 0))
-    return Traced(tuple(groups), found, tuple(_merged(refused)))
+    return Traced(tuple(groups), found, tuple(merged(refused)))
 
 
-def _merged(found: Sequence[LeftAlone]) -> Iterator[LeftAlone]:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Of graphs as deep as a recurrence is long torch-pruning warns, thousands of times; groups are tried anyway."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Maximum recursive depth")
+        yield
+
+
+def merged(found: Sequence[LeftAlone]) -> Iterator[LeftAlone]:
     """One entry a reason."""
     for reason in dict.fromkeys(each.reason for each in found):
         layers = [layer for each in found if each.reason == reason for layer in each.layers]
@@ -145,7 +166,8 @@ class _Reader:
     def _whole(self, layer: nn.Module) -> Any:
         pruner = self.graph.get_pruner_of_module(layer)
         try:
-            return self.graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(_made(layer))))
+            with _quiet():
+                return self.graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(_made(layer))))
         except Exception as problem:  # an operator of which the graph has no idea may break it anywhere
             raise _Refused(f"{UNTRACED} ({type(problem).__name__}: {problem})") from problem
 

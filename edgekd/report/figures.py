@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 
 from edgekd.types import Comparison, Interval, Latency, Variant
+from edgekd.units import MINUS as MINUS
+from edgekd.units import digits as digits
+from edgekd.units import plain as plain
+from edgekd.units import quantity as quantity
+from edgekd.units import size as size
 
-MINUS, DASH, TIMES = "−", "—", "×"
+DASH, TIMES = "—", "×"
 _PRECISE_FROM = 5000  # samples from which a hundredth of a percent means something
 
 
@@ -63,32 +68,6 @@ def latency_interval(latency: Latency) -> str:
     return f"[{digits(latency.low)}, {digits(latency.high)}]"
 
 
-def size(value: int) -> str:
-    """Bytes in decimal units, as file managers and app stores count: 288 kB, 1.12 MB."""
-    amount = float(value)
-    for unit in ("B", "kB", "MB", "GB"):
-        if amount < 999.5 or unit == "GB":
-            return f"{value} B" if unit == "B" else f"{digits(amount)} {unit}"
-        amount /= 1000
-    raise AssertionError
-
-
-def quantity(value: int) -> str:
-    """A count with its SI prefix: 40.8 M, 270 k, 12."""
-    amount = float(value)
-    for prefix in ("", "k", "M", "G"):
-        if amount < 999.5:
-            return f"{value}" if not prefix else f"{digits(amount)} {prefix}"
-        amount /= 1000
-    return f"{digits(amount)} T"
-
-
-def plain(text: str) -> str:
-    """The figure without zeros at the end of its decimals, "5.00 ms" → "5 ms": limits and ticks are exact."""
-    number, space, unit = text.partition(" ")
-    return (number.rstrip("0").rstrip(".") if "." in number else number) + space + unit
-
-
 def duration(seconds: float) -> str:
     """42 s, 3 min 20 s, 1 h 12 min."""
     if seconds < 9.95:
@@ -113,14 +92,6 @@ def comparison(found: Comparison) -> str:
     if found.verdict == "slower":
         return f"{found.ratio.value:.2f}{TIMES} slower [{low:.2f}, {high:.2f}]"
     return f"{1 / found.ratio.value:.2f}{TIMES} as fast [{1 / high:.2f}, {1 / low:.2f}]"
-
-
-def digits(value: float, significant: int = 3) -> str:
-    """A number with so many significant digits, never in exponent form."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    decimals = significant - 1 - math.floor(math.log10(abs(float(f"{value:.{significant - 1}e}"))))
-    return f"{round(value, decimals):.{max(decimals, 0)}f}".replace("-", MINUS)
 
 
 def _decimals(n: int) -> int:

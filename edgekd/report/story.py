@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from edgekd import goals
 from edgekd.outcome import Pruning
 from edgekd.report import figures, searched
 from edgekd.report.judge import deployable, judge, rejections
@@ -97,15 +98,20 @@ def pruned(pruning: Pruning | None) -> str:
     """How the student was cut out of its teacher; nothing where it was not."""
     if pruning is None:
         return ""
-    macs = figures.plain(figures.percent(pruning.macs_after / pruning.macs_before))
-    parameters = figures.plain(figures.percent(pruning.parameters_after / pruning.parameters_before))
     rounds = "1 round" if pruning.rounds == 1 else f"{pruning.rounds} rounds"
-    text = f"The student was cut out of its teacher in {rounds}, by {pruning.importance}: {macs} of the "
-    text += f"multiply-accumulates and {parameters} of the parameters are left"
-    if pruning.round_to > 1:
-        text += f", with channels in multiples of {pruning.round_to}"
+    text = f"The student was cut out of its teacher in {rounds}, by {pruning.importance}: {remains(pruning)}"
     left = "; ".join(f"{_named(each.layers)} ({each.reason})" for each in pruning.left_alone)
     return f"{text}. Left alone: {left}." if left else f"{text}."
+
+
+def remains(pruning: Pruning) -> str:
+    """What is left of the teacher, and what was asked for."""
+    macs = figures.plain(figures.percent(pruning.macs_after / pruning.macs_before))
+    parameters = figures.plain(figures.percent(pruning.parameters_after / pruning.parameters_before))
+    text = f"{macs} of the multiply-accumulates and {parameters} of the parameters are left"
+    if pruning.round_to > 1:
+        text += f", with channels in multiples of {pruning.round_to}"
+    return f"{text}; {goals.outcome(pruning)}"
 
 
 def _named(layers: Sequence[str]) -> str:
