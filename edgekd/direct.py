@@ -295,6 +295,7 @@ def _normalising(
         if len(specs) != 1 or specs[0].dtype != "uint8" or len(specs[0].shape) != 4:
             told = ", ".join(f"'{spec.name}' {spec.dtype} {spec.shape}" for spec in specs)
             raise ModelError(f"batches are {told}", where="mean and std", expected="one uint8 input, channels last")
+        models.check_levels(mean, std, where="mean and std")
         preprocessing = Preprocessing((first[specs[0].name].shape[1:3]), tuple(mean), tuple(std))
     return Network(copy.deepcopy(module).eval(), specs, preprocessing).cpu()
 

@@ -23,6 +23,8 @@ _LINES = {
     "resumed": "{step:<9} goes on at epoch {epoch}",
     "precision": "{step:<9} computes in {precision}: {reason}",
     "compile": "{step:<9} is compiled: {reason}",
+    "quantizing": "quantize  {id}",
+    "quantized": "quantized {id}: cosine with the float file {cosine:.6f}",
     "candidate": "candidate {name}: {done} of {of} are done",
     "measured": "{metric:<9} {id}: {accuracy:.2%}",
     "latency": "latency   {id}: {p50:.3f} ms",

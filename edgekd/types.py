@@ -428,7 +428,7 @@ class LayerSensitivity:
     expected_drop: float  # of the metric, were the float network's own probabilities true
     drop: Interval | None  # of the metric, on labels; None: there are none
     rest: float | None  # drop with all but this layer in integers; None: not measured
-    macs: float  # part of the multiply-accumulates of all layers
+    macs: float  # part of the multiply-accumulates of the whole network
     parameters: int
 
 
@@ -437,7 +437,7 @@ class Sensitivity:
     """Which layers of an int8 variant cost accuracy, and which of them stay in float for it."""
 
     target: str
-    variant: str  # id of the variant with every layer in integers
+    variant: str  # id of the variant with every layer in integers, save those `left`
     samples: int  # held out, that each layer was measured on
     layers: tuple[LayerSensitivity, ...]  # from the input to the output
     float_layers: tuple[str, ...] = ()  # that mixed precision keeps in float
@@ -445,6 +445,7 @@ class Sensitivity:
     whole: float | None = None  # drop of `variant`, measured where that is above zero for certain, else expected
     remaining: float | None = None  # drop of `mixed`
     notes: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)  # layer that `variant` too has in float → why
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,6 +150,33 @@ def test_work_that_is_not_counted_gives_none_with_a_reason(tmp_path: Path) -> No
     assert cost.reason == "the operations of Einsum are not counted"
 
 
+def test_weights_of_recurrent_layers_are_counted_however_they_are_cut_and_joined(tmp_path: Path) -> None:
+    """As torch exports a GRU: the gates of one stored tensor for each direction are cut apart and put in order."""
+    g = Graph([7, "n", 12])
+    axis, ends = g.constant((1,), np.int64), [g.constant((1,), np.int64, [at]) for at in (0, 24, 48, 72)]
+    joined = []
+    for width in (12, 24):
+        both = []
+        for _ in ("forward", "backward"):
+            stored = g.constant((72, width))
+            gates = [g.add("Slice", stored, ends[at], ends[at + 1], axis) for at in range(3)]
+            both.append(g.add("Unsqueeze", g.add("Concat", gates[1], gates[0], gates[2], axis=0), axis))
+        joined.append(g.add("Concat", *both, axis=0))
+    g.add("GRU", "x", *joined, g.constant((2, 144)), hidden_size=24, direction="bidirectional")
+    assert count(g.save(tmp_path / "m.onnx")).parameters == 2 * (72 * 12 + 72 * 24 + 144)
+
+
+def test_tokens_and_positions_are_parameters_and_shapes_are_none(tmp_path: Path) -> None:
+    g = Graph(["n", 8, 6])
+    x = g.add("MatMul", "", g.constant((6, 4)))
+    x = g.add("Concat", g.add("Expand", g.constant((1, 1, 4)), g.constant((3,), np.int64, [1, 1, 4])), x, axis=1)
+    zero, nine, axis = (g.constant((1,), np.int64, [at]) for at in (0, 9, 1))
+    x = g.add("Add", x, g.add("Slice", g.constant((1, 50, 4)), zero, nine, axis))
+    shape = g.add("Mul", g.add("Shape", x), g.constant((3,), np.int64, [1, 1, 1]))
+    g.add("Reshape", x, shape)
+    assert count(g.save(tmp_path / "m.onnx")).parameters == 24 + 4 + 200
+
+
 def test_what_cannot_be_counted_is_said_and_what_is_no_model_is_an_error(tmp_path: Path) -> None:
     g = Graph(["n", 3, "height", "width"])
     g.conv(3, 4)

@@ -203,7 +203,7 @@ def test_mean_and_std_are_the_recipes_the_models_or_the_usual() -> None:
     [
         (ModelSpec("resnet8", mean=(0.5,), std=(0.5,)), "mean has 1 values; expected 3, one a channel"),
         (ModelSpec("resnet8", mean=(123.7, 116.3, 103.5)), "Divide them by 255"),
-        (ModelSpec("resnet8", std=(0.0, 0.1, 0.1)), "values for pixels in [0, 1]"),
+        (ModelSpec("resnet8", std=(0.0, 0.1, 0.1)), "values of std above 0"),
     ],
 )
 def test_wrong_mean_and_std_are_told(spec: ModelSpec, told: str) -> None:

@@ -69,11 +69,18 @@ def test_a_file_with_labelled_samples_is_judged_by_its_accuracy(
     data = labelled(place, tiny_onnx.classifier(place / "model.onnx"), flip=30)
     words = ("quantize", "model.onnx", "--data", str(data), "--quick", "--json", "--max-drop", "50%")
     assert call(*words, "--precision", "int8", "--precision", "w8") == 0
-    report = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    report = json.loads(said.out)
     rows = {row["id"]: row for row in report["variants"]}
     assert set(rows) == {"teacher", "host/model-fp32", "host/model-int8", "host/model-w8"}
+    assert all(f"note      {note}\n" in said.err for note in report["notes"])
+    assert any(note.startswith("--quick: short measurements") for note in report["notes"])
+    assert "quantize  host/model-int8\nquantized host/model-int8: cosine with the float file 0.99" in said.err
     assert report["metric"] == "accuracy"
-    assert report["command"] == "quantize model.onnx --data data.npz"
+    made_by = "quantize model.onnx --data data.npz --precision int8 --precision w8 --max-drop 0.5 --quick"
+    assert report["command"] == made_by
+    assert f"edgekd {made_by} --target host" in (place / "runs/model/report.html").read_text()
+    assert call(*report["command"].split(), "-o", "again") == 0, "as it stands"
     assert rows["host/model-fp32"]["accuracy"]["value"] < 1
     assert rows["host/model-int8"]["parity"]["cosine"] > 0.99
     assert rows["host/model-int8"]["latency_ms"]["n"] >= 50
@@ -91,11 +98,15 @@ def test_a_file_with_labelled_samples_is_judged_by_its_accuracy(
     assert session({"image": tiny_onnx.images(2)})["logits"].shape == (2, 4)
 
 
-def test_a_budget_that_nothing_meets_is_exit_3(place: Path) -> None:
+def test_a_budget_that_nothing_meets_is_exit_3(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = labelled(place, tiny_onnx.classifier(place / "model.onnx"))
     assert call("quantize", "model.onnx", "--data", str(data), "--quick", "--max-size", "1kB") == 3
     assert told(place)["chosen"] == {"host": None}
     assert forms(place)["host/model-int8"]["verdict"]["status"] == "missed"
+    said = capsys.readouterr().err
+    assert "Deploy nothing on host yet." in said
+    assert "Nearest: model-fp32" in said
+    assert "it would fit with --max-size" in said
 
 
 def test_forms_that_are_not_worth_it_are_told_and_not_built(place: Path) -> None:
@@ -251,7 +262,8 @@ def test_normalisation_behind_a_convolution_is_taken_in(tmp_path: Path) -> None:
         (("model.onnx", "--data", "good.npz", "--mean", "0.5"), "it takes bytes and normalises them itself"),
         (("float.onnx", "--data", "good.npz"), "it is not said how images are normalised"),
         (("float.onnx", "--data", "good.npz", "--mean", "0,0", "--std", "1"), "--mean has 2 values; expected 1 or 3"),
-        (("float.onnx", "--data", "good.npz", "--mean", "0", "--std", "0"), "expected values above 0"),
+        (("float.onnx", "--data", "good.npz", "--mean", "0", "--std", "0"), "values of std above 0"),
+        (("float.onnx", "--data", "good.npz", "--mean", "123,117,104", "--std", "58,57,57"), "Divide them by 255"),
         (("float.onnx", "--data", "good.npz", "--mean", "a", "--std", "1"), "'a' is no list of numbers"),
         (("model.onnx", "--data", "good.npz", "--precision", "int4"), "'int4' is no precision"),
         (("recipe.toml", "--data", "good.npz"), "--data is for an .onnx file"),

@@ -58,6 +58,8 @@ def test_a_module_of_images_with_its_normalisation_inside(tmp_path: Path) -> Non
     assert onnx.load(made.path).graph.input[0].type.tensor_type.elem_type == TensorProto.UINT8
     with pytest.raises(ModelError, match="one uint8 input"):
         edgekd.quantize_model(Small(), [torch.rand(4, 3, 8, 8)], tmp_path / "q.onnx", mean=mean, std=std)
+    with pytest.raises(ModelError, match="Divide them by 255"):
+        edgekd.quantize_model(Small(), [{"image": images}], tmp_path / "q.onnx", mean=(123, 117, 104), std=(58, 57, 57))
 
 
 def test_an_onnx_file_in_hand(tmp_path: Path) -> None:

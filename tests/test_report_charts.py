@@ -126,6 +126,13 @@ def test_the_worst_layers_are_said_in_plain_words() -> None:
     assert max(costs) == pytest.approx(6.1)
     easy = sensitive(54, mixed=False, hurt=False)
     assert sensitivity.sentence(easy).endswith("no layer alone costs anything to speak of.")
+    left = {"gru": "a recurrent layer", "attention": "a product of two activations", "mid.rnn": "a recurrent layer"}
+    named = "gru, mid.rnn (a recurrent layer), attention (a product of two activations)"
+    said = sensitivity.sentence(dataclasses.replace(easy, left=left))
+    assert said.startswith(f"All layers but {named} compute in int8, together they cost less than 0.1 points: no layer")
+    assert sensitivity.sentence(dataclasses.replace(found, left=left)).endswith(
+        f"instead of 6.8 points. In float anyway: {named}."
+    )
     # 30 dB are a thirtieth of the outputs' size
     assert sensitivity.damage(easy.layers[0], easy) == pytest.approx(3.162, abs=1e-3)
     missed = dataclasses.replace(sensitive(20, mixed=False), notes=("why",))

@@ -263,6 +263,21 @@ def test_another_budget_gives_other_verdicts() -> None:
     assert report.summary(made, Path("runs/x")).endswith("Report: runs/x/report.html")
 
 
+def test_on_the_console_each_target_has_its_own_lines_below_its_headline() -> None:
+    made = realistic()
+    for chosen in (made.chosen, dict(reversed(list(made.chosen.items())))):
+        lines = report.summary(dataclasses.replace(made, chosen=chosen), Path("runs/x")).splitlines()
+        heads = [line for line in lines if not line.startswith("  ")]
+        assert [head.partition(":")[0] for head in heads[:-1]] == [
+            {"host": "Deploy host-int8 on host", "jetson": "Try jetson-fp16 first on jetson"}[target]
+            for target in chosen
+        ]
+        below = lines[lines.index(next(head for head in heads if "on jetson" in head)) :]
+        assert below[1] == "  Whether it keeps the budget cannot be told yet."
+        below = lines[lines.index(next(head for head in heads if "on host" in head)) :]
+        assert below[1].startswith("  accuracy drop: 0.2 points")
+
+
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [

@@ -18,7 +18,7 @@ from edgekd.backends.onnxruntime import onnxruntime
 from edgekd.graph.program import capture, graph_inputs
 from edgekd.models.network import Network
 from edgekd.quantize import mixed, quantize
-from edgekd.quantize.examination import rows_of
+from edgekd.quantize.examination import rows_of, sensitivity_of
 from edgekd.quantize.ladder import Ladder
 from edgekd.quantize.measured import Loss, measure
 from edgekd.quantize.samples import Halves
@@ -151,6 +151,38 @@ def test_the_one_bad_layer_is_found(bad: Ladder) -> None:
     assert sum(row.macs for row in found.values()) == pytest.approx(1, abs=1e-3)
     assert found["depthwise"].parameters == 16 * 9 + 16
     assert found["head"].macs * 64 * (27 + 16 + 9 + 16) * 16 == pytest.approx(16 * 5, rel=0.01)
+
+
+class Recurrent(nn.Module):
+    """A linear layer on each side of a recurrent one, which does most of the work."""
+
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
+        super().__init__()
+        self.before, self.middle, self.head = nn.Linear(12, 16), kind(16, 24, batch_first=True), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.middle(self.before(x))[0].mean(1))
+        return logits
+
+
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3)])
+def test_shares_of_work_are_of_the_whole_network_and_what_stays_in_float_is_named(
+    kind: type[nn.LSTM] | type[nn.GRU], gates: int, tmp_path: Path
+) -> None:
+    network = Network(Recurrent(kind).eval(), (TensorSpec("x", "float32", ("batch", 7, 12)),), None)
+    batch = np.random.default_rng(0).normal(size=(64, 7, 12)).astype(np.float32)
+    meta = quantize(
+        network, [{"x": batch}], HOST, opset=18, preprocessing=False, path=tmp_path / "m.onnx", say=silent,
+        sensitivity=True,
+    )  # fmt: skip
+    found = sensitivity_of("host", "host/student-int8", meta, None)
+    assert found is not None
+    assert found.left == {"middle": "a recurrent layer"}
+    macs = {row.layer: row.macs for row in found.layers if row.kind == "layer"}
+    whole = 7 * 12 * 16 + 7 * gates * 24 * (16 + 24) + 24 * 5
+    assert macs == {
+        "before": pytest.approx(7 * 12 * 16 / whole, rel=1e-3), "head": pytest.approx(24 * 5 / whole, rel=1e-3),
+    }  # fmt: skip
 
 
 def test_sqnr_is_that_of_the_logits_with_only_that_layer_rounded(easy: Ladder) -> None:

@@ -44,8 +44,12 @@ _WEIGHTS: Mapping[str, tuple[int, ...]] = {
 # Element-wise operators: their constants are weights (a bias, a position embedding, a layer scale) behind the first
 # operator that has weights of its own, and normalise the input before it.
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div"}
-# A weight may reach its operator through these; what counts is the constant at the far end.
-_THROUGH = {"DequantizeLinear", "QuantizeLinear", "Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze"}
+# A weight may reach its operator through these, and through Concat; what counts is the constant at the far end.
+_THROUGH = {
+    "DequantizeLinear", "QuantizeLinear", "Cast", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze",
+    "Slice", "Split", "Gather", "Expand", "Tile", "Pad",
+}  # fmt: skip
+_NO_WEIGHTS = (7, 9)  # int64 and bool, of onnx.TensorProto
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,29 +175,43 @@ def _known(node: onnx.NodeProto, value: str, shapes: Mapping[str, Shape]) -> tup
 
 def _parameters(graph: onnx.GraphProto) -> int:
     """Elements of all constants that serve as weights, each counted once."""
-    sizes = {tensor.name: _product(tensor.dims) for tensor in graph.initializer}
-    made_by = {name: node for node in graph.node for name in node.output}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-            sizes[node.output[0]] = _product(node.attribute[0].t.dims)
+    sizes = _sizes(graph)
+    origins = _origins(graph, sizes)
     used: set[str] = set()
     learned: set[str] = set()  # values that come out of an operator with weights
     for node in graph.node:
         positions = _WEIGHTS.get(node.op_type, ())
-        sources = [_source(node.input[i], made_by) for i in positions if i < len(node.input) and node.input[i]]
-        own = {source for source in sources if source in sizes}
+        own = {one for i in positions if i < len(node.input) for one in origins.get(node.input[i], ())}
         if node.op_type in _ELEMENTWISE and any(name in learned for name in node.input):
-            own = {source for name in node.input if sizes.get(source := _source(name, made_by), 0) > 1}
+            own = {one for name in node.input for one in origins.get(name, ()) if sizes[one] > 1}
         used |= own
-        if own or any(name in learned for name in node.input):
+        if own or (node.op_type != "Shape" and any(name in learned for name in node.input)):
             learned.update(node.output)
     return sum(sizes[name] for name in used)
 
 
-def _source(name: str, made_by: Mapping[str, onnx.NodeProto]) -> str:
-    while name in made_by and (made_by[name].op_type in _THROUGH or _scaled(made_by[name], made_by)):
-        name = made_by[name].input[0]
-    return name
+def _sizes(graph: onnx.GraphProto) -> dict[str, int]:
+    """Elements of each constant that can be a weight: indices, shapes and masks are none."""
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+            held[node.output[0]] = node.attribute[0].t
+    return {name: _product(tensor.dims) for name, tensor in held.items() if tensor.data_type not in _NO_WEIGHTS}
+
+
+def _origins(graph: onnx.GraphProto, stored: Iterable[str]) -> dict[str, set[str]]:
+    """Value → the stored tensors whose numbers it holds, moved about or in another form."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    found = {name: {name} for name in stored}
+    for node in graph.node:
+        if node.op_type == "Concat":
+            moved = set().union(*(found.get(name, ()) for name in node.input))
+        elif node.op_type in _THROUGH or _scaled(node, made_by):
+            moved = found.get(node.input[0], set())
+        else:
+            continue
+        found.update(dict.fromkeys(node.output, moved))
+    return found
 
 
 def _scaled(node: onnx.NodeProto, made_by: Mapping[str, onnx.NodeProto]) -> bool:

@@ -102,7 +102,7 @@ def _quantized(shop: Workshop, target: Target, before: Graph, source: Source, mi
         "rules": asdict(target.quantization), "opset": target.opset, "preprocessing": shop.preprocessing,
         "calibration": shop.data.fingerprint, "method": asked.method, "max_drop": asked.max_drop,
         "float_layers": float_layers, "task": None if shop.task is None else shop.task.name,
-        "sensitivity": not mix, "mixed": search,
+        "sensitivity": 0 if mix else examination.VERSION, "mixed": search,
     }  # fmt: skip
     there = shop.store.find("int8", quantize.VERSION, options, [source.weights])
     if there is not None:  # it takes no time, however little is left

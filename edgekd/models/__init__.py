@@ -104,10 +104,17 @@ def _preprocessing(
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
             raise ModelError(f"{name} has {len(values)} values", where=spec.name, expected=f"{channels}, one a channel")
-    if min(std) <= 0 or max(*mean, *std) > 1:
-        given = f"mean {list(mean)}, std {list(std)}"
-        raise ModelError(given, where=spec.name, expected="values for pixels in [0, 1]", fix="divide them by 255")
+    check_levels(mean, std, where=spec.name)
     return Preprocessing((height, width), tuple(mean), tuple(std))
+
+
+def check_levels(mean: Sequence[float], std: Sequence[float], *, where: str) -> None:
+    """Raise ModelError where images in [0, 1] cannot have this mean and standard deviation."""
+    given = f"mean {list(mean)}, std {list(std)}"
+    if not min(std) > 0:
+        raise ModelError(given, where=where, expected="values of std above 0")
+    if not max(*mean, *std) <= 1:
+        raise ModelError(given, where=where, expected="values for pixels in [0, 1]", fix="divide them by 255")
 
 
 def _defaults(own: Mapping[str, object], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

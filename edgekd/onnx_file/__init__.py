@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from edgekd.graph.opset import lower
 from edgekd.graph.program import quiet, reason
 from edgekd.onnx_file.feed import Feed, check_batch, feeding, layout, signature, split
 from edgekd.onnx_file.figures import Form, examiner, judged_by, measured, outputs
+from edgekd.onnx_file.notes import Notes
 from edgekd.quantize import lint, saturation, worth
 from edgekd.quantize.dynamic import quantize_dynamic
 from edgekd.quantize.onnx_level import quantize_onnx
@@ -56,6 +58,7 @@ from edgekd.types import (
 
 PARITY_SAMPLES = 64
 ONNX_LEVEL = "quantized as ONNX: there is no PyTorch source, so nothing was trained, equalised or corrected"
+SHORT = "--quick: short measurements; for trying out, not for deciding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ def quantize_file(user: Given, targets: Sequence[Target], out: Path, *, threads:
     inputs, (first, *_) = signature(plain)
     data = _data(user, inputs)
     feed = feeding(inputs, data, user.mean, user.std, where=str(user.model))
-    notes = [ONNX_LEVEL, *(f"data: {text}" for text in data.notes)]
+    notes = Notes(say)
+    notes.add(*(f"data: {text}" for text in data.notes), *[SHORT] * quick, ONNX_LEVEL)
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         work = Path(folder)
         fp32 = work / "fp32.onnx"
@@ -97,9 +101,9 @@ def quantize_file(user: Given, targets: Sequence[Target], out: Path, *, threads:
             found = _forms(user, plain, fp32, target, feed, data, task, work, notes, say)
             made, compared, told = measured(found, target, judge, feed, first.name, threads=threads, quick=quick)
             rows, comparisons, forms = rows + made, [*comparisons, *compared], forms + found
-            notes += told
+            notes.add(*told)
         rows.insert(0, replace(rows[0], id="teacher", stage="teacher", target=None, path=None))
-        result = _report(user, rows, comparisons, [target.name for target in targets], task, notes)
+        result = _report(user, rows, comparisons, [target.name for target in targets], task, notes.texts, quick)
         for form in forms:
             copy(form.file, out / f"models/{form.id}.onnx")
     report.render(result, out)
@@ -259,14 +263,14 @@ def _of_opset(model: onnx.ModelProto, target: Target) -> onnx.ModelProto:
 
 def _forms(
     user: Given, plain: onnx.ModelProto, fp32: Path, target: Target, feed: Feed, data: Dataset, task: Task,
-    work: Path, notes: list[str], say: Say,
+    work: Path, notes: Notes, say: Say,
 ) -> list[Form]:  # fmt: skip
     """The float file and what becomes of it for one target."""
     rules = target.quantization
     asked = user.precisions or target.precisions
     refused = [precision for precision in asked if precision not in target.precisions]
     if refused:
-        notes.append(f"{target.name}: {', '.join(refused)} is asked for, it takes {', '.join(target.precisions)}")
+        notes.add(f"{target.name}: {', '.join(refused)} is asked for, it takes {', '.join(target.precisions)}")
     forms = [Form(f"{target.name}/model-fp32", "fp32", fp32, {"quantizer": None}, None)]
     few = list(feed.batches(data.calibration, PARITY_SAMPLES))
     before = outputs(fp32, few)
@@ -275,26 +279,27 @@ def _forms(
         name = f"{target.name}/model-{precision}"
         why = None if user.precisions else worth.why_not(precision, plain, left)
         if why is not None:
-            notes.append(f"there is no {name}: {why}")
+            notes.add(f"there is no {name}: {why}")
             continue
+        say("quantizing", id=name)
         path = work / f"{target.name}-{precision}.onnx"
         try:
             there = _of_opset(plain, target)
             account = quantized(there, precision, target, feed.batches(data.calibration), path, task)
             parity = export.parity(before, outputs(path, few))
         except (ModelError, ParityError) as problem:
-            notes.append(f"there is no {name}: {problem}")
+            notes.add(f"there is no {name}: {problem}")
             continue
         if precision == "int8" and isinstance(account["float"], dict):
             left = account["float"]
         findings = lint.check(path, rules, opset_of(there) if rules.lint == "onnxruntime" else target.opset)
-        notes += [f"{name}: {finding}" for finding in findings]
+        notes.add(*(f"{name}: {finding}" for finding in findings))
         if any(finding.severity == "error" for finding in findings):
-            notes.append(f"{name} is left out: {target.backend.name} would refuse it")
+            notes.add(f"{name} is left out: {target.backend.name} would refuse it")
             continue
         say("quantized", id=name, cosine=parity.cosine)
         forms.append(Form(name, precision, path, account, parity))
-        notes += _told(forms[-1])
+        notes.add(*_told(forms[-1]))
     return forms
 
 
@@ -325,21 +330,36 @@ def _told(form: Form) -> list[str]:
 
 def _report(
     user: Given, rows: Sequence[Variant], comparisons: Sequence[Comparison], targets: Sequence[str], task: Task,
-    notes: Sequence[str],
+    notes: Sequence[str], quick: bool,
 ) -> Report:  # fmt: skip
     judged = [replace(row, verdict=report.judge(row, rows[0], user.budget, task.metric)) for row in rows]
     chosen = report.choose(judged, user.budget, comparisons)
-    words = ["quantize", user.model.name, "--data", user.data.name]
-    for option, values in (("--mean", user.mean), ("--std", user.std)):
-        words += [] if values is None else [option, ",".join(f"{value:g}" for value in values)]
     asked = json.dumps(
         {"edgekd": edgekd.__version__, "model": sha256_of(user.model), "mean": user.mean, "std": user.std,
          "precisions": user.precisions, "budget": asdict(user.budget), "seed": user.seed}, sort_keys=True,
     )  # fmt: skip
-    return Report(
+    return report.concluded(Report(
         schema=report.SCHEMA, name=user.model.stem, teacher="teacher", variants=tuple(judged),
         chosen={name: chosen.get(name) for name in targets}, budget=user.budget,
         environment=conditions.environment(), recipe_sha256=hashlib.sha256(asked.encode()).hexdigest(),
-        timings_s={}, notes=tuple(dict.fromkeys(notes)), comparisons=tuple(comparisons), metric=task.metric,
-        command=" ".join(words),
+        timings_s={}, notes=tuple(notes), comparisons=tuple(comparisons), metric=task.metric,
+        command=_command(user, quick),
+    ))  # fmt: skip
+
+
+def _command(user: Given, quick: bool) -> str:
+    """The words that make the report again, but for its targets."""
+    words = ["quantize", user.model.name, "--data", user.data.name]
+    for option, values in (("--mean", user.mean), ("--std", user.std)):
+        words += [] if values is None else [option, ",".join(f"{value:g}" for value in values)]
+    for precision in user.precisions or ():
+        words += ["--precision", precision]
+    budget = user.budget
+    limits = (
+        ("--max-drop", budget.max_accuracy_drop, ""), ("--max-latency", budget.max_latency_ms, "ms"),
+        ("--max-size", budget.max_size_bytes, "B"), ("--max-memory", budget.max_memory_bytes, "B"),
     )  # fmt: skip
+    for option, limit, unit in limits:
+        words += [] if limit is None else [option, f"{limit:.12g}{unit}"]
+    words += ["--seed", str(user.seed)] if user.seed else []
+    return shlex.join([*words, *["--quick"] * quick])

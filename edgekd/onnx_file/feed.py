@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from edgekd.errors import ModelError
+from edgekd.models import check_levels
 from edgekd.types import Arrays, Dataset, Split, TensorSpec
 
 BATCH = 32
@@ -154,8 +155,7 @@ def _image(
     for option, values in (("--mean", mean), ("--std", std)):
         if len(values) not in (1, stored.shape[3]):
             raise ModelError(f"{option} has {len(values)} values", where=where, expected=f"1 or {stored.shape[3]}")
-    if min(std) <= 0:
-        raise ModelError(f"--std is {', '.join(map(str, std))}", where=where, expected="values above 0")
+    check_levels(mean, std, where=where)
     return order
 
 

@@ -14,6 +14,7 @@ from edgekd.bench import accuracy, compare, conditions, latency, macs, memory, r
 from edgekd.deploy import reference
 from edgekd.measure import Examiner
 from edgekd.onnx_file.feed import Feed, shown
+from edgekd.onnx_file.notes import Notes
 from edgekd.store import sha256_of
 from edgekd.types import (
     Arrays,
@@ -45,7 +46,7 @@ class Form:
     parity: Parity | None
 
 
-def judged_by(first: np.ndarray, data: Dataset, output: str, notes: list[str]) -> tuple[Task, np.ndarray]:
+def judged_by(first: np.ndarray, data: Dataset, output: str, notes: Notes) -> tuple[Task, np.ndarray]:
     """What the files are judged by, and what is right.
 
     Accuracy where the samples have labels and the first output is samples × classes; else the float file's own
@@ -55,14 +56,14 @@ def judged_by(first: np.ndarray, data: Dataset, output: str, notes: list[str]) -
     if first.ndim == 2 and first.shape[1] > 1 and len(data.classes) == first.shape[1]:
         return task, accuracy.labels(data.test)
     if data.classes:
-        notes.append(
+        notes.add(
             f"the labels were not used: there are {len(data.classes)} classes, and the output '{output}' is "
             f"{shown(first.shape)}"
         )
     if first.ndim == 2 and first.shape[1] > 1:
-        notes.append("without labels that fit, what the float file decides is taken for right")
+        notes.add("without labels that fit, what the float file decides is taken for right")
         return replace(task, metric="agreement with the float file"), task.decisions(first)
-    notes.append(f"the output '{output}' is {shown(first.shape)}: files are judged by its cosine with the float file's")
+    notes.add(f"the output '{output}' is {shown(first.shape)}: files are judged by its cosine with the float file's")
 
     def cosines(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
         one, two = (side.reshape(len(side), -1).astype(np.float64) for side in (found, truth))

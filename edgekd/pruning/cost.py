@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.utils.flop_counter import FlopCounterMode
 
+from edgekd.graph.work import counting
 from edgekd.pruning.cut import Plan, depthwise, removed
 
 _META_BYTES = 256  # more than edgekd writes beside the weights
@@ -59,7 +56,7 @@ def _by_module(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
     names = {each: path for path, each in module.named_modules()}
     own: dict[str, int] = {}
     inside: list[tuple[str, int]] = []  # modules that run now, and what was counted when each began
-    with torch.no_grad(), _counting() as counter:
+    with torch.no_grad(), counting() as counter:
 
         def begin(running: nn.Module, _args: object) -> None:
             inside.append((names[running], int(counter.get_total_flops())))
@@ -79,27 +76,6 @@ def _by_module(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
             for hook in hooks:
                 hook.remove()
     return {path: flops // 2 for path, flops in own.items()}
-
-
-@contextmanager
-def _counting() -> Iterator[FlopCounterMode]:
-    """A counter of all work with weights: fused layers are one operator each, of which torch's counts nothing.
-
-    Attention, alone and in a `torch.nn.TransformerEncoderLayer`, runs unfused meanwhile; an LSTM's operator is told.
-    """
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    told = {torch.ops.aten.mkldnn_rnn_layer: _lstm_flops}
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=told) as counter:
-            yield counter
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _lstm_flops(x: Sequence[int], of_inputs: Sequence[int], of_states: Sequence[int], *_: object, **__: object) -> int:
-    """Of one layer in one direction, from the shapes of its input (steps × batch × channels) and its two weights."""
-    return 2 * math.prod(x[:2]) * (math.prod(of_inputs) + math.prod(of_states))
 
 
 def parameters(module: nn.Module) -> int:

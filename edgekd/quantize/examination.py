@@ -13,6 +13,8 @@ from edgekd.quantize.ladder import Ladder
 from edgekd.quantize.measured import Loss
 from edgekd.types import Interval, Json, LayerSensitivity, Say, Sensitivity
 
+VERSION = 2  # of what is kept of an examination
+
 
 def examine(ladder: Ladder, *, mixed: bool, say: Say) -> dict[str, Json]:
     """What the artifact keeps: `sensitivity`, a row for each layer, with the number of samples that all were measured
@@ -97,4 +99,5 @@ def sensitivity_of(
         whole=lost(meta),
         remaining=None if mixed is None else lost(mixed[2]),
         notes=tuple((meta.get("mixed") or {}).get("why", ())),
+        left=dict(meta.get("float") or {}),
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from edgekd.graph.work import counting
 from edgekd.quantize.measured import Loss, compare, finite
 from edgekd.quantize.quantizer import layer_name
 from edgekd.quantize.simulation import Inputs, Layer, Simulation, Site, Snapshot
@@ -164,7 +165,7 @@ def _rows(
     simulation: Simulation, chosen: Sequence[Place], samples: Sequence[Labelled], task: Task | None
 ) -> Iterator[LayerSensitivity]:
     wanted = [simulation.logits(inputs, quantized=False) for inputs, _ in samples]
-    total = sum(place.macs for place in chosen)
+    total = max(_whole(simulation), sum(place.macs for place in chosen))
     for place in chosen:
         with torch.no_grad(), simulation.simulating(sites=place.sites):
             pairs = [
@@ -186,6 +187,14 @@ def _row(place: Place, loss: Loss, total: int) -> LayerSensitivity:
         macs=finite(place.macs / total if total else 0.0),
         parameters=place.parameters,
     )
+
+
+def _whole(simulation: Simulation) -> int:
+    """Multiply-accumulates of one sample in the whole network, with those of layers that stay in float."""
+    args = simulation.program.args
+    with torch.no_grad(), counting() as counter:
+        simulation(*args)
+    return int(counter.get_total_flops()) // (2 * len(args[0]))
 
 
 def _block(path: str, parts: Sequence[Place]) -> Place:

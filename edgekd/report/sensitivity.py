@@ -57,20 +57,23 @@ def told(found: Sensitivity, metric: str) -> Told:
 
 
 def sentence(found: Sensitivity) -> str:
-    """What the figure shows, in words: the worst layer, and what was done about it."""
+    """What the figure shows, in words: the worst layer, what was done about it, and what is in float anyway."""
     worst = _worst(found)[0]
     alone = f"The worst is {_named(worst)}: in int8 it alone costs {_cost(lost(worst))}"
     whole = "" if found.whole is None else _cost(found.whole)
+    left = _left(found)
+    also = f" In float anyway: {left}." if left else ""
     if found.mixed is not None and found.remaining is not None:
         count = len(found.float_layers)
         layers = f"{count} layer{'s' if count > 1 else ''} in float ({_listed(found.float_layers)})"
-        return f"{alone}. With {layers} int8 costs {_cost(found.remaining)} instead of {whole}."
+        return f"{alone}. With {layers} int8 costs {_cost(found.remaining)} instead of {whole}.{also}"
     if found.notes:
-        return f"{alone}, and int8 as a whole {whole}; no set of layers to leave in float was found."
+        return f"{alone}, and int8 as a whole {whole}; no set of layers to leave in float was found.{also}"
     if lost(worst) < _VISIBLE:
-        every = f"Every layer computes in int8, together they cost {whole}" if whole else "Every layer computes in int8"
+        every = f"All layers but {left} compute in int8" if left else "Every layer computes in int8"
+        every += f", together they cost {whole}" if whole else ""
         return f"{every}: no layer alone costs anything to speak of."
-    return f"{alone}, and int8 as a whole {whole}." if whole else f"{alone}."
+    return f"{alone}, and int8 as a whole {whole}.{also}" if whole else f"{alone}.{also}"
 
 
 def lost(row: LayerSensitivity) -> float:
@@ -247,6 +250,13 @@ def _cost(drop: float) -> str:
 
 def _named(row: LayerSensitivity) -> str:
     return {"layer": row.layer, "block": f"the block {row.layer}", "value": f"the values of {row.layer}"}[row.kind]
+
+
+def _left(found: Sensitivity) -> str:
+    """What no int8 form has in integers, and why: "lstm (a recurrent layer)"; empty where there is none."""
+    reasons = dict.fromkeys(found.left.values())
+    names = ([name for name, its in found.left.items() if its == why] for why in reasons)
+    return ", ".join(f"{_listed(each)} ({why})" for each, why in zip(names, reasons, strict=True))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -176,8 +176,9 @@ def comparable(one: Latency | None, two: Latency | None) -> bool:
 
 def summary(report: Report, folder: str) -> str:
     """The outcome as a few plain lines for a terminal."""
-    lines = [f"{h.lead} {h.body}".strip() for h in headlines(report)]
-    lines += [f"  {reason}" for h in headlines(report) for reason in h.because]
+    lines = []
+    for told in headlines(report):
+        lines += [f"{told.lead} {told.body}".strip(), *(f"  {reason}" for reason in told.because)]
     if not lines:
         lines = ["No target was asked for, so there is nothing to deploy."]
     lines += [searched.line(report)] if report.search else []
