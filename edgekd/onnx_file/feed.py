@@ -106,7 +106,10 @@ def feeding(
     elif sorted(names) == sorted(held):
         renamed = {name: name for name in held}
     else:
-        raise ModelError(f"it takes {', '.join(names)}, the samples have {', '.join(held)}", where=where)
+        raise ModelError(
+            f"it takes {', '.join(names)}, the samples have {', '.join(held)}", where=where,
+            fix="arrays are called as the inputs are, and labels y",
+        )  # fmt: skip
     image = None
     if data.images:
         image = _image(inputs[0], data.inputs[0], mean, std, where)

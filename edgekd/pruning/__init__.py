@@ -137,7 +137,9 @@ def prune(
     wide, left = _candidates(traced, options.importance, seed, round_to)
     reasons = "; ".join(f"{', '.join(each.layers)}: {each.reason}" for each in left)
     if not wide and not enough:
-        raise ModelError("nothing in the network can be cut", where=type(module).__name__, fix=reasons)
+        raise ModelError(
+            "nothing in the network can be cut", where=type(module).__name__, fix=f"left alone are {reasons}"
+        )
     if ahead is not None and not enough:
         ahead.check(_after(begun, rank.smallest(wide, round_to, ahead.rounds)), reasons)
     search = partial(
